@@ -1,0 +1,89 @@
+"""The command line: `biokit COMMAND ...`, the same as `python -m biokit COMMAND ...`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from biokit import __version__
+from biokit.errors import BiokitError
+
+EXIT_USER_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (0: done, 2: something the user can mend, said in one line)."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except BiokitError as error:
+        print(f"biokit: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("biokit: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="biokit", description="Molecular language models, from a notebook.")
+    parser.add_argument("--version", action="version", version=f"biokit {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser("train", help="preprocess what is needed and train, as a notebook does")
+    _add_config(train)
+    train.set_defaults(run=_run_train)
+
+    preprocess = commands.add_parser("preprocess", help="read, clean, split and tokenise molecules; then stop")
+    _add_config(preprocess)
+    preprocess.set_defaults(run=_run_preprocess)
+
+    doctor = commands.add_parser("doctor", help="versions, engines, kernels, devices; what to install for more")
+    doctor.set_defaults(run=_run_doctor)
+    return parser
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help="a packaged name (molbart_mini) or a YAML file")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.lr=1e-3 (or ++train.lr=1e-3)")
+
+
+def _run_train(options: argparse.Namespace) -> int:
+    from biokit.config import load_config
+    from biokit.train import train
+
+    manifest = train(load_config(options.config, options.overrides))
+    print(_summary(manifest))
+    return 0
+
+
+def _run_preprocess(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from biokit.config import load_config
+    from biokit.data.preprocess import preprocess
+
+    config = load_config(options.config, options.overrides)
+    out = Path(config.data.store_dir or Path(config.run_dir) / "data")
+    print(preprocess(config.data, out, config.seed))
+    print(f"token stores: {out}")
+    return 0
+
+
+def _run_doctor(options: argparse.Namespace) -> int:
+    from biokit.doctor import report
+
+    print(report())
+    return 0
+
+
+def _summary(manifest: dict[str, Any]) -> str:
+    if manifest["status"] == "preprocessed":
+        return f"preprocessed, not trained (do_training=False): {manifest['store_dir']}"
+    done = f"{manifest['status']} at step {manifest['step']} of {manifest['train_iters']}"
+    return f"{done}, loss {manifest['final_loss']:.4f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""2D drawings of molecules as PNG tiles (rdkit). Colours are the Okabe-Ito set: told apart by colour-blind readers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rdkit import Chem, rdBase
+from rdkit.Chem import rdDepictor
+from rdkit.Chem.Draw import rdMolDraw2D
+
+from biokit.errors import DataError
+
+if TYPE_CHECKING:
+    from rdkit.Chem import Mol
+
+Rgb = tuple[float, float, float]
+
+ATOM_COLOURS: dict[int, Rgb] = {  # atomic number -> colour; every one reads on white, and letters say the element too
+    0: (0.35, 0.35, 0.35),
+    1: (0.35, 0.35, 0.35),
+    6: (0.10, 0.10, 0.10),
+    7: (0.00, 0.35, 0.65),  # blue
+    8: (0.78, 0.29, 0.00),  # vermillion
+    9: (0.00, 0.50, 0.36),  # bluish green
+    15: (0.62, 0.28, 0.49),  # reddish purple
+    16: (0.55, 0.42, 0.00),  # dark yellow
+    17: (0.00, 0.50, 0.36),
+    35: (0.00, 0.50, 0.36),
+    53: (0.00, 0.50, 0.36),
+}
+_ATOM_TOKEN = re.compile(r"\[|[BCNOPSFIbcnops*]")
+
+
+def read_molecule(smiles: str) -> Mol | None:
+    """The molecule of a SMILES, atoms in the order of the text; None where it has none to draw (the caller shows text).
+
+    Silent: what rdkit would print for an invalid string is not printed.
+    """
+    parameters = Chem.SmilesParserParams()
+    parameters.removeHs = False
+    parameters.allowCXSMILES = False
+    parameters.parseName = False
+    with rdBase.BlockLogs():
+        molecule = Chem.MolFromSmiles(smiles, parameters)
+    return molecule if molecule is not None and molecule.GetNumAtoms() else None
+
+
+def draw_molecule(
+    molecule: Mol,
+    width: int,
+    height: int,
+    highlights: Mapping[int, Rgb] | None = None,
+    notes: Mapping[int, str] | None = None,
+) -> bytes:
+    """One molecule as the bytes of a PNG of `width` x `height` pixels.
+
+    Args:
+        highlights: atom index -> colour of a disc under the atom; bonds between two of them are filled as well.
+        notes: atom index -> short text beside the atom.
+
+    Raises:
+        DataError: rdkit cannot draw it.
+    """
+    drawer = rdMolDraw2D.MolDraw2DCairo(width, height)
+    options = drawer.drawOptions()
+    options.updateAtomPalette(ATOM_COLOURS)
+    options.padding = 0.06
+    options.fixedBondLength = 32.0  # pixels at most: small molecules are not blown up
+    options.minFontSize = 6
+    options.bondLineWidth = 1.6
+    options.annotationFontScale = 0.7
+    options.highlightRadius = 0.34
+    options.flagCloseContactsDist = -1000  # large molecules overlap in 2D; that is not an error to mark
+    copy = Chem.Mol(molecule)
+    for index, text in (notes or {}).items():
+        copy.GetAtomWithIdx(index).SetProp("atomNote", text)
+    atoms: dict[int, Rgb] = dict(highlights or {})
+    bonds = _bonds_between(copy, atoms)
+    try:
+        with rdBase.BlockLogs():
+            prepared = _prepare(copy)
+            drawer.DrawMolecule(
+                prepared,
+                highlightAtoms=list(atoms),
+                highlightAtomColors=atoms,
+                highlightBonds=list(bonds),
+                highlightBondColors=bonds,
+            )
+        drawer.FinishDrawing()
+    except (RuntimeError, ValueError) as error:
+        raise DataError("draw a molecule", f"rdkit cannot ({error})", "Show its SMILES as text") from error
+    return bytes(drawer.GetDrawingText())
+
+
+def align_drawings(molecules: Sequence[Mol]) -> list[list[int]]:
+    """Give the same molecule, written in several orders, the same picture: coordinates of the first go to the others.
+
+    Returns:
+        For each molecule, the atom of the first molecule that each of its atoms is.
+
+    Raises:
+        DataError: the molecules are not all the same.
+    """
+    if not molecules:
+        return []
+    first = molecules[0]
+    rdDepictor.Compute2DCoords(first)
+    positions = first.GetConformer().GetPositions()
+    orders: list[list[int]] = [list(range(first.GetNumAtoms()))]
+    for number, molecule in enumerate(molecules[1:], start=2):
+        same_size = molecule.GetNumAtoms() == first.GetNumAtoms()
+        match = list(first.GetSubstructMatch(molecule, useChirality=True)) if same_size else []
+        if not match:
+            raise DataError(
+                f"pictures of one molecule: SMILES {number} of {len(molecules)}",
+                f'"{Chem.MolToSmiles(molecule)}" is not the first molecule, "{Chem.MolToSmiles(first)}"',
+                "Give SMILES of one molecule",
+            )
+        conformer = Chem.Conformer(molecule.GetNumAtoms())
+        for index, source in enumerate(match):
+            conformer.SetAtomPosition(index, positions[source])
+        molecule.RemoveAllConformers()
+        molecule.AddConformer(conformer)
+        orders.append(match)
+    return orders
+
+
+def atoms_of_tokens(molecule: Mol, tokens: Sequence[str]) -> dict[int, int]:
+    """Which token writes which atom: token position -> atom index, for a molecule read from these tokens by
+    `read_molecule`. Empty where the numbers do not agree, so that no wrong atom is ever marked.
+    """
+    positions = [i for i, token in enumerate(tokens) if _ATOM_TOKEN.match(token)]
+    if len(positions) != molecule.GetNumAtoms():
+        return {}
+    return dict(zip(positions, range(len(positions)), strict=True))
+
+
+def _bonds_between(molecule: Mol, atoms: Mapping[int, Rgb]) -> dict[int, Rgb]:
+    ends = ((b.GetIdx(), b.GetBeginAtomIdx(), b.GetEndAtomIdx()) for b in molecule.GetBonds())
+    return {index: atoms[max(begin, end)] for index, begin, end in ends if begin in atoms and end in atoms}
+
+
+def _prepare(molecule: Mol) -> Any:
+    """Kekulized, with wedges and 2D coordinates; drawn as written where it cannot be kekulized."""
+    try:
+        return rdMolDraw2D.PrepareMolForDrawing(molecule, addChiralHs=False)
+    except (Chem.KekulizeException, ValueError):
+        return rdMolDraw2D.PrepareMolForDrawing(molecule, kekulize=False, addChiralHs=False)

@@ -1,0 +1,366 @@
+"""The configuration of a run: one dataclass a module, composed into `RunConfig`; YAML and dotted overrides.
+
+Keys bear Megatron's names. An unknown key fails and names the nearest valid one; a wrong type or an impossible
+value fails before any work. `model.data.*` (BioNeMo) is an alias of `data.*`, `++key=value` of `key=value`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from biokit.errors import ConfigError
+
+CONFIG_DIR = Path(__file__).parent / "configs"
+OTHER_NAMES = {  # what other systems call a key; used only to name the right one in an error
+    "learning_rate": "train.lr",
+    "max_steps": "train.train_iters",
+    "batch_size": "train.global_batch_size",
+    "grad_clip": "train.clip_grad",
+    "gradient_clip_val": "train.clip_grad",
+    "warmup": "train.lr_warmup_fraction",
+    "output_dir": "run_dir",
+    "data_path": "data.dataset_path",
+}
+
+
+def _choice(default: str, *choices: str) -> Any:
+    return field(default=default, metadata={"choices": choices})
+
+
+def _bounded(default: float, low: float, high: float = math.inf) -> Any:
+    return field(default=default, metadata={"bounds": (low, high)})
+
+
+@dataclass(kw_only=True)
+class DatasetConfig:
+    """Files of each part, relative to `data.dataset_path`; ranges `x[000..099]` or `x_OP_000..099_CL_` allowed."""
+
+    train: str = ""
+    val: str = ""
+    test: str = ""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where the molecules come from, how they are cleaned, and how they become batches."""
+
+    dataset_path: str = "wehi_mols"  # a named data set, a file, a folder, or a folder that `biokit preprocess` made
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    store_dir: str = ""  # where token stores are written; empty: <run_dir>/data
+    limit_rows: int = _bounded(0, 0)  # read at most so many rows; 0: all
+    smiles_column: str = ""  # empty: guessed from name and content
+    split_column: str = ""  # empty: `set` or `split` where there is one
+    split: str = _choice("auto", "auto", "column", "ratio", "random", "scaffold")  # auto: column if any, else random
+    split_ratio: str = "90,5,5"  # train, val, test
+    on_bad: str = _choice("drop", "drop", "raise")  # what to do with a row that cannot be used; drops are reported
+    salts: str = _choice("strip", "strip", "keep")
+    atom_maps: str = _choice("strip", "strip", "keep")
+    neutralize: bool = False
+    canonical_tautomer: bool = False
+    duplicates: str = _choice("smiles", "smiles", "inchikey", "keep")
+    unknown_tokens: str = _choice("drop", "drop", "keep")
+    max_length: int = _bounded(512, 3, 65535)  # tokens a side, begin and end included
+    vocab_file: str = ""  # empty: the packaged vocabulary
+    pool: int = _bounded(0, 0, 1000)  # random SMILES stored a molecule
+    cache_molecules: bool = True  # store parsed molecules, so that random SMILES need no parsing
+    task: str = _choice("mask", "mask", "aug", "mask_aug")
+    mask_scheme: str = _choice("span", "span", "replace")
+    mask_prob: float = _bounded(0.10, 0.0, 1.0)
+    span_lambda: float = _bounded(3.0, 0.0, 100.0)
+    show_mask_token_prob: float = _bounded(1.0, 0.0, 1.0)  # `replace` only
+    length_buckets: bool = True
+    max_tokens: int = _bounded(0, 0)  # padded tokens a batch (token budget); 0: train.global_batch_size samples
+    num_workers: int = _bounded(0, 0, 1024)  # processes that make batches; the batches do not depend on it
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Shape of the model. A preset sets the sizes; a size that is given (not 0) overrides the preset's."""
+
+    name: str = "molbart"
+    preset: str = "mini"
+    num_layers: int = _bounded(0, 0)  # a side
+    hidden_size: int = _bounded(0, 0)
+    num_attention_heads: int = _bounded(0, 0)
+    ffn_hidden_size: int = _bounded(0, 0)
+    dropout: float = _bounded(0.1, 0.0, 0.999)
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Optimisation, precision and intervals, under Megatron's names."""
+
+    train_iters: int = _bounded(1000, 1)
+    micro_batch_size: int = _bounded(32, 1)
+    global_batch_size: int = _bounded(32, 1)
+    lr: float = _bounded(1e-3, 0.0)
+    min_lr: float = _bounded(0.0, 0.0)
+    lr_schedule: str = _choice("cosine", "noam", "linear", "cosine", "constant")
+    lr_schedule_version: str = _choice("megatron-2", "megatron-2", "megatron-1.1.5")
+    lr_warmup_fraction: float = _bounded(0.01, 0.0, 1.0)
+    weight_decay: float = _bounded(0.0, 0.0)
+    adam_beta1: float = _bounded(0.9, 0.0, 0.999999)
+    adam_beta2: float = _bounded(0.999, 0.0, 0.999999)
+    adam_eps: float = _bounded(1e-8, 0.0)
+    clip_grad: float = _bounded(1.0, 0.0)  # global norm; 0: off
+    precision: str = _choice("fp32", "fp32", "bf16", "fp16")
+    loss_scale_window: int = _bounded(1000, 1)  # fp16: steps without overflow before the scale doubles
+    initial_loss_scale: float = _bounded(65536.0, 1.0)  # fp16
+    checkpoint_activations: bool = False
+    log_interval: int = _bounded(1, 1)
+    eval_interval: int = _bounded(0, 0)  # steps; 0: only at the end
+    eval_iters: int = _bounded(0, 0)  # batches an evaluation; 0: the whole part
+    eval_molecules: int = _bounded(0, 0)  # molecules decoded an evaluation (exact match, invalid fraction); 0: none
+    save_interval: int = _bounded(0, 0)  # steps; 0: only at the end
+    early_stopping_patience: int = _bounded(0, 0)  # evaluations without a better val loss; 0: off
+    tensorboard: bool = True
+    progress: bool = True
+    num_threads: int = _bounded(0, 0)  # 0: torch's choice
+    device: str = _choice("auto", "auto", "cpu", "cuda")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything that decides a run. The same file drives a notebook and the command line."""
+
+    run_dir: str = "runs/molbart_mini"
+    seed: int = _bounded(1234, 0, 2**63 - 1)
+    do_training: bool = True
+    strategy: str = "Single"
+    resume: bool = True  # go on from the newest checkpoint in run_dir
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a packaged configuration (`molbart_mini`) or a YAML file, then apply `key=value` overrides.
+
+    Raises:
+        ConfigError: no such file, text that is not YAML, an unknown key, a wrong type, an impossible value.
+    """
+    tree = _read_yaml(_find(source))
+    for text in overrides:
+        key, value = parse_override(text)
+        _set_dotted(tree, key, value)
+    return config_from_dict(tree, where=str(source))
+
+
+def config_from_dict(tree: Mapping[str, Any], where: str = "config") -> RunConfig:
+    """Build and validate a `RunConfig` from nested mappings.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, an impossible value.
+    """
+    config: RunConfig = _build(RunConfig, _expand_aliases(tree, where), "", where)
+    _validate(config, where)
+    return config
+
+
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """The configuration as nested plain values, ready for YAML or JSON."""
+    return dataclasses.asdict(config)
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    """The configuration as YAML text that `load_config` reads back to an equal object."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False)
+
+
+def config_hash(config: RunConfig) -> str:
+    """sha256 over every key except where the run lives and whether it resumes."""
+    tree = config_to_dict(config)
+    for key in ("run_dir", "resume", "do_training"):
+        tree.pop(key)
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def valid_keys() -> list[str]:
+    """Every dotted key of `RunConfig`, in order."""
+    return list(_leaf_keys(RunConfig))
+
+
+def packaged_configs() -> list[str]:
+    """Names that `load_config` finds inside the package."""
+    return sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `key=value` (or `++key=value`); the value is read as YAML.
+
+    Raises:
+        ConfigError: no `=`, an empty key, or a value that is not YAML.
+    """
+    key, equals, value = text.lstrip("+").partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f'override "{text}"', "it is not of the form key=value", "Write e.g. train.lr=1e-3")
+    return key.strip(), _parse_value(value, f'override "{text}"')
+
+
+def _parse_value(text: str, asked: str) -> Any:
+    try:
+        return yaml.safe_load(text) if text.strip() else ""
+    except yaml.YAMLError as error:
+        if not any(mark in text for mark in "\n{}"):
+            return text  # x[000..099], *.csv and the like are plain strings here
+        raise ConfigError(asked, f"the value is not YAML ({error})", "Quote it") from error
+
+
+def _find(source: str | Path) -> Path:
+    path = Path(source)
+    packaged = CONFIG_DIR / f"{source}.yaml"
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path
+    if path.name == str(source) and packaged.is_file():
+        return packaged
+    raise ConfigError(
+        f'config "{source}"',
+        "it is neither a YAML file nor a packaged name",
+        f"Give a path ending in .yaml, or one of: {', '.join(packaged_configs())}",
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"config {path}", f"it cannot be read ({error})", "Mend the file") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {path}", f"it holds a {type(tree).__name__}", "Write a mapping of keys to values")
+    return tree
+
+
+def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for name in parents:
+        child = tree.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f'override "{key}"', f'"{name}" is a value, not a group of keys', _nearest(key))
+        tree = child
+    tree[leaf] = value
+
+
+def _expand_aliases(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`model.data.*` is BioNeMo's place for `data.*`; the same key in both is refused unless equal."""
+    tree = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+    model = tree.get("model")
+    if isinstance(model, dict) and "data" in model:
+        alias = model.pop("data")
+        if not isinstance(alias, Mapping):
+            raise ConfigError(where, "model.data is not a group of keys", "Write data.dataset_path=...")
+        tree["data"] = _merge(tree.get("data") or {}, alias)
+    return tree
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _build(cls: type, tree: Mapping[str, Any], prefix: str, where: str) -> Any:
+    known = {f.name: f for f in fields(cls)}
+    for key in tree:
+        if key not in known:
+            raise ConfigError(where, f'unknown key "{prefix}{key}"', _nearest(f"{prefix}{key}"))
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        hint, dotted = hints[name], f"{prefix}{name}"
+        if is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise ConfigError(where, f"{dotted} is {value!r}", f"It is a group of keys: {_group(hint, dotted)}")
+            values[name] = _build(typing.cast(type, hint), value, dotted + ".", where)
+        else:
+            values[name] = _checked(value, hint, known[name].metadata, dotted, where)
+    return cls(**values)
+
+
+def _checked(value: Any, hint: type, metadata: Mapping[str, Any], dotted: str, where: str) -> Any:
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        value = _as_float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if hint is str and value is None:
+        value = ""
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(where, f"{dotted} is {value!r} ({type(value).__name__})", f"Give a {hint.__name__}")
+    if "choices" in metadata and value not in metadata["choices"]:
+        raise ConfigError(where, f"{dotted} is {value!r}", f"Valid: {', '.join(metadata['choices'])}")
+    low, high = metadata.get("bounds", (None, None))
+    if low is not None and not low <= value <= high:
+        raise ConfigError(where, f"{dotted} is {value!r}", f"Valid: {low} to {high}")
+    return value
+
+
+def _as_float(value: int | str) -> float | str:
+    try:
+        return float(value)  # YAML 1.1 reads 1e-3 as text
+    except ValueError:
+        return str(value)
+
+
+def _validate(config: RunConfig, where: str) -> None:
+    """Relations between keys that a single key's bounds cannot express."""
+    train = config.train
+    if not math.isfinite(train.lr):
+        raise ConfigError(where, f"train.lr is {train.lr}", "Give a finite learning rate")
+    if train.min_lr > train.lr:
+        raise ConfigError(where, f"train.min_lr={train.min_lr} exceeds train.lr={train.lr}", "Give min_lr <= lr")
+    if train.global_batch_size % train.micro_batch_size:
+        divisors = [n for n in range(1, train.global_batch_size + 1) if train.global_batch_size % n == 0]
+        raise ConfigError(
+            where,
+            f"train.micro_batch_size={train.micro_batch_size} does not divide "
+            f"train.global_batch_size={train.global_batch_size}",
+            f"Valid micro batches: {', '.join(map(str, divisors))}",
+        )
+    if 0 < config.data.max_tokens < config.data.max_length:
+        raise ConfigError(
+            where,
+            f"data.max_tokens={config.data.max_tokens} is less than data.max_length={config.data.max_length}",
+            "A batch must hold the longest molecule: raise max_tokens or lower max_length",
+        )
+
+
+def _leaf_keys(cls: type, prefix: str = "") -> Iterable[str]:
+    hints = typing.get_type_hints(cls)
+    for f in fields(cls):
+        hint = hints[f.name]
+        if is_dataclass(hint):
+            yield from _leaf_keys(typing.cast(type, hint), f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}"
+
+
+def _group(cls: Any, prefix: str) -> str:
+    return ", ".join(f"{prefix}.{f.name}" for f in fields(cls))
+
+
+def _nearest(key: str) -> str:
+    keys = valid_keys()
+    leaf = key.rsplit(".", 1)[-1]
+    if leaf in OTHER_NAMES:
+        return f'Did you mean "{OTHER_NAMES[leaf]}"?'
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    if not close:
+        leaves = {k.rsplit(".", 1)[-1]: k for k in keys}
+        close = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.5)]
+    return f'Did you mean "{close[0]}"?' if close else f"Valid keys: {', '.join(keys)}"

@@ -1,0 +1,132 @@
+"""Generation: greedy decoding and top-k / top-p sampling with keys and values kept.
+
+Shapes: B batch, S source length, T target length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from biokit.errors import ConfigError, DataError
+from biokit.models.molbart import DecodingState, MolBART
+
+if TYPE_CHECKING:
+    from biokit.tokenizers import SmilesTokenizer
+
+SAMPLING_ALGS = ("greedy", "sample")
+
+
+def encode_smiles(tokenizer: SmilesTokenizer, smiles: Sequence[str]) -> torch.Tensor:
+    """Encoder inputs (B,S): begin, tokens, end, padded.
+
+    Raises:
+        DataError: no SMILES, an empty one, or one with tokens outside the vocabulary.
+    """
+    if not smiles:
+        raise DataError("encode SMILES", "the list is empty", "Give at least one")
+    ids, offsets = tokenizer.encode_batch(list(smiles))
+    rows = [ids[start:end] for start, end in pairwise(offsets)]
+    for text, row in zip(smiles, rows, strict=True):
+        if not len(row) or tokenizer.unknown_id in row:
+            cause = "it is empty" if not len(row) else "it has tokens that are not in the vocabulary"
+            raise DataError(f'SMILES "{text}"', cause, "Leave it out, or use a model whose vocabulary has them")
+    ids_BS = np.full((len(rows), max(map(len, rows)) + 2), tokenizer.pad_id, dtype=np.int64)
+    for row_S, row in zip(ids_BS, rows, strict=True):
+        row_S[: len(row) + 2] = [tokenizer.begin_id, *row, tokenizer.end_id]
+    return torch.from_numpy(ids_BS)
+
+
+@torch.inference_mode()
+def sample_molecules(
+    model: MolBART,
+    tokenizer: SmilesTokenizer,
+    src_BS: torch.Tensor,
+    sampling_alg: str = "greedy",
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    temperature: float = 1.0,
+    max_length: int = 128,
+    seed: int = 1234,
+) -> tuple[list[str], list[float]]:
+    """Decode one molecule a row of encoder inputs.
+
+    Unused, property and special tokens are never emitted (end excepted). A row that reaches `max_length` tokens
+    without an end is returned as it stands.
+
+    Args:
+        src_BS: encoder inputs (begin ... end, padded with 0), masked or not.
+        sampling_alg: `greedy`, or `sample` under the filters below.
+        top_k: keep the k likeliest tokens; 0: all.
+        top_p: keep the likeliest tokens up to this probability mass, in (0, 1].
+        temperature: divides the logits, > 0.
+
+    Returns:
+        SMILES, and the log-likelihood (nats) of each under the unfiltered model at temperature 1.
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+    _check_sampling(sampling_alg, top_k, top_p, temperature, max_length)
+    model.eval()
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    src_BS = src_BS.to(device)
+    state = DecodingState(model, model.encode(src_BS), src_BS)
+    banned = torch.as_tensor(tokenizer.non_chemical_ids().astype(np.int64), device=device)
+    tokens_BT = torch.full((len(src_BS), max_length), tokenizer.pad_id, dtype=torch.long, device=device)
+    scores_B = torch.zeros(len(src_BS), device=device)
+    rows_B = torch.arange(len(src_BS), device=device)  # rows still being decoded
+    next_B1 = torch.full((len(src_BS), 1), tokenizer.begin_id, dtype=torch.long, device=device)
+    for position in range(max_length):
+        logits_BV = state.advance(next_B1)[:, -1].float()
+        logits_BV[:, banned] = float("-inf")
+        if sampling_alg == "greedy":
+            chosen_B = logits_BV.argmax(-1)
+        else:
+            filtered_BV = filter_logits(logits_BV / temperature, top_k, top_p)
+            chosen_B = torch.multinomial(filtered_BV.softmax(-1), 1, generator=generator).squeeze(1)
+        scores_B[rows_B] += logits_BV.log_softmax(-1).gather(1, chosen_B[:, None]).squeeze(1)
+        tokens_BT[rows_B, position] = chosen_B
+        going_B = (chosen_B != tokenizer.end_id).nonzero().squeeze(1)
+        if not len(going_B):
+            break
+        if len(going_B) < len(rows_B):
+            rows_B, chosen_B = rows_B[going_B], chosen_B[going_B]
+            state.select(going_B)
+        next_B1 = chosen_B[:, None]
+    return tokenizer.decode_batch(tokens_BT.cpu().numpy()), scores_B.tolist()
+
+
+def filter_logits(logits_BV: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Set to -inf what top-k and nucleus sampling (Holtzman et al. 2020) leave out; the likeliest token stays."""
+    if top_k:
+        kth_B1 = logits_BV.topk(min(top_k, logits_BV.shape[-1]), dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, float("-inf"))
+    if top_p < 1.0:
+        sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
+        probabilities_BV = sorted_BV.softmax(-1)
+        mass_before_BV = probabilities_BV.cumsum(-1) - probabilities_BV
+        drop_BV = (mass_before_BV >= top_p).scatter(1, order_BV, mass_before_BV >= top_p)
+        logits_BV = logits_BV.masked_fill(drop_BV, float("-inf"))
+    return logits_BV
+
+
+def _check_sampling(sampling_alg: str, top_k: int, top_p: float, temperature: float, max_length: int) -> None:
+    if sampling_alg not in SAMPLING_ALGS:
+        raise ConfigError(f"sampling_alg={sampling_alg}", "it is not known", f"Valid: {', '.join(SAMPLING_ALGS)}")
+    for name, value, valid in (
+        ("top_k", top_k, top_k >= 0),
+        ("top_p", top_p, 0 < top_p <= 1),
+        ("temperature", temperature, temperature > 0),
+        ("max_length", max_length, max_length >= 1),
+    ):
+        if not valid:
+            raise ConfigError(
+                f"{name}={value}", "it is out of range", "Give top_k >= 0, 0 < top_p <= 1, temperature > 0"
+            )

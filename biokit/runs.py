@@ -1,0 +1,173 @@
+"""The run folder: the one place where a training, a notebook, a dashboard and a job meet.
+
+Layout (only this module knows it):
+    config.yaml  manifest.json  metrics/rank_NNNNN.jsonl  logs/  checkpoints/step_NNNNNNNN/  tensorboard/  STOP
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from biokit.errors import RunError
+
+STEP_DIGITS = 8
+
+
+class RunFolder:
+    """Reads and writes the parts of one run folder; any process may open any run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def manifest_file(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def stop_file(self) -> Path:
+        return self.path / "STOP"
+
+    def metrics_file(self, rank: int = 0) -> Path:
+        return self.path / "metrics" / f"rank_{rank:05d}.jsonl"
+
+    def checkpoint_dir(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step:0{STEP_DIGITS}d}"
+
+    def create(self) -> None:
+        """Make the folder and its fixed parts; an existing run is left as it is.
+
+        Raises:
+            RunError: the path is a file, or cannot be written.
+        """
+        try:
+            for part in (self.path, self.checkpoints, self.logs, self.path / "metrics"):
+                part.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"run folder {self.path}", f"it cannot be made ({error})", "Give another run_dir") from error
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the finished checkpoints, ascending. Unfinished ones bear another name and do not count."""
+        found = (p.name.removeprefix("step_") for p in self.checkpoints.glob("step_*") if p.is_dir())
+        return sorted(int(name) for name in found if name.isdigit())
+
+    def request_stop(self) -> None:
+        """Ask the run to save a checkpoint at the next step boundary and end."""
+        if not self.path.is_dir():
+            raise RunError(f"stop {self.path}", "there is no such run folder", "Check the path")
+        self.stop_file.touch()
+
+    def stop_requested(self) -> bool:
+        return self.stop_file.exists()
+
+    def clear_stop(self) -> None:
+        self.stop_file.unlink(missing_ok=True)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for one trainer; the lock ends with the process, however it ends.
+
+        Raises:
+            RunError: another process holds it.
+        """
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RunError(
+                    f"run {self.path}", "another process is training in it", "Wait, stop it, or give another run_dir"
+                ) from error
+            yield
+
+    def write_config(self, text: str) -> None:
+        write_atomically(self.config_file, text)
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        write_atomically(self.manifest_file, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+    def read_manifest(self) -> dict[str, Any]:
+        """The manifest: status (`running`, `finished`, `stopped`, `failed`), step, versions, hashes.
+
+        Raises:
+            RunError: there is none, or it is not JSON.
+        """
+        try:
+            manifest = json.loads(self.manifest_file.read_text())
+        except (OSError, ValueError) as error:
+            raise RunError(f"run {self.path}", f"its manifest cannot be read ({error})", "Check the path") from error
+        if not isinstance(manifest, dict):
+            raise RunError(f"run {self.path}", "its manifest is not a mapping", "Check the path")
+        return manifest
+
+    def update_manifest(self, **values: Any) -> dict[str, Any]:
+        """Add or replace entries of the manifest; returns the whole."""
+        manifest = self.read_manifest() if self.manifest_file.exists() else {}
+        manifest.update(values)
+        self.write_manifest(manifest)
+        return manifest
+
+    def read_metrics(self, rank: int = 0) -> list[dict[str, Any]]:
+        """All whole metrics lines of a rank, oldest first; a torn last line (killed writer) is left out."""
+        try:
+            raw = self.metrics_file(rank).read_bytes()
+        except FileNotFoundError:
+            return []
+        whole = raw[: raw.rfind(b"\n") + 1]
+        return [json.loads(line) for line in whole.splitlines() if line.strip()]
+
+
+class MetricsWriter:
+    """Appends one JSON object a line to a rank's metrics file. A resumed run first drops the lines it will redo."""
+
+    def __init__(self, folder: RunFolder, rank: int = 0, resume_step: int = 0) -> None:
+        kept = [line for line in folder.read_metrics(rank) if line["step"] <= resume_step] if resume_step else []
+        path = folder.metrics_file(rank)
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file: IO[str] = path.open("a")
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Write one line with the wall-clock `time` (unix seconds) added; it reaches the operating system at once."""
+        self._file.write(json.dumps({**line, "time": round(time.time(), 3)}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small text file in one step: readers see the old or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,24 @@
+"""Which implementation of a kernel runs, decided in one place.
+
+`BIOKIT_KERNELS=reference` (environment) forces the plain references everywhere: the tests and a doubtful reader use it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+
+def reference_forced() -> bool:
+    """True when the user asks for the plain references."""
+    return os.environ.get("BIOKIT_KERNELS", "") == "reference"
+
+
+@functools.cache
+def has_apex() -> bool:
+    """True when NVIDIA apex is importable (the package index has another package of that name)."""
+    try:
+        return importlib.util.find_spec("apex.normalization") is not None
+    except (ImportError, ValueError):
+        return False
