@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from biokit import __version__
@@ -39,6 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(preprocess)
     preprocess.set_defaults(run=_run_preprocess)
 
+    notebook = commands.add_parser("notebook", help="execute a notebook by papermill into a run folder")
+    notebook.add_argument("notebook", type=Path)
+    notebook.add_argument("run_dir", type=Path)
+    notebook.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    notebook.set_defaults(run=_run_notebook)
+
     doctor = commands.add_parser("doctor", help="versions, engines, kernels, devices; what to install for more")
     doctor.set_defaults(run=_run_doctor)
     return parser
@@ -59,8 +66,6 @@ def _run_train(options: argparse.Namespace) -> int:
 
 
 def _run_preprocess(options: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from biokit.config import load_config
     from biokit.data.preprocess import preprocess
 
@@ -68,6 +73,15 @@ def _run_preprocess(options: argparse.Namespace) -> int:
     out = Path(config.data.store_dir or Path(config.run_dir) / "data")
     print(preprocess(config.data, out, config.seed))
     print(f"token stores: {out}")
+    return 0
+
+
+def _run_notebook(options: argparse.Namespace) -> int:
+    from biokit.config import parse_override
+    from biokit.launch.notebooks import run_notebook
+
+    parameters = dict(parse_override(f"{name}={value}") for name, value in options.parameters)
+    print(run_notebook(options.notebook, options.run_dir, parameters))
     return 0
 
 

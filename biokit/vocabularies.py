@@ -180,4 +180,5 @@ def _find_fault(token: Any) -> str:
 
 
 def quote(text: str, width: int = 60) -> str:
+    """The text in quotes, cut to `width` characters, for a message."""
     return f'"{text if len(text) <= width else text[: width - 3] + "..."}"'

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from biokit.kernels.dispatch import reference_forced
+from biokit.kernels.dropout import dropout
 
 
 def attention_reference(
@@ -21,7 +22,7 @@ def attention_reference(
     causal: bool = False,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
-    """softmax(q k^T / sqrt(K)) v, written out; on the CPU in bf16 it is also the faster form.
+    """softmax(q k^T / sqrt(K)) v, written out; often the faster form on the CPU (see `implementation`).
 
     Args:
         key_mask_BS: True where a key may be attended to; None: everywhere.
@@ -36,9 +37,7 @@ def attention_reference(
     if key_mask_BS is not None:
         scores_BHTS = scores_BHTS.masked_fill(~key_mask_BS[:, None, None, :], float("-inf"))
     weights_BHTS = scores_BHTS.softmax(dim=-1, dtype=torch.float32).to(v_BHSK.dtype)
-    if dropout_p:
-        weights_BHTS = F.dropout(weights_BHTS, dropout_p)
-    return torch.matmul(weights_BHTS, v_BHSK)
+    return torch.matmul(dropout(weights_BHTS, dropout_p), v_BHSK)
 
 
 def attention_sdpa(
@@ -54,9 +53,12 @@ def attention_sdpa(
     return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, mask, dropout_p, is_causal=causal)
 
 
-def implementation(device: torch.device | str, dtype: torch.dtype) -> str:
-    """Name of the implementation for a device and dtype: `reference` (plain matmul and softmax) or `sdpa`."""
-    plain_is_faster = torch.device(device).type == "cpu" and dtype == torch.bfloat16
+def implementation(device: torch.device | str, dtype: torch.dtype, dropout_p: float = 0.0) -> str:
+    """Name of the implementation that runs: `reference` (plain matmul and softmax) or `sdpa`.
+
+    On the CPU torch has a fused form only for fp32 without dropout; elsewhere the plain form is faster there.
+    """
+    plain_is_faster = torch.device(device).type == "cpu" and (dtype == torch.bfloat16 or dropout_p > 0)
     return "reference" if reference_forced() or plain_is_faster else "sdpa"
 
 
@@ -69,7 +71,7 @@ def attention(
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
     """Attention by the faster implementation for the device and dtype; arguments as in `attention_reference`."""
-    chosen = _IMPLEMENTATIONS[implementation(q_BHTK.device, q_BHTK.dtype)]
+    chosen = _IMPLEMENTATIONS[implementation(q_BHTK.device, q_BHTK.dtype, dropout_p)]
     return chosen(q_BHTK, k_BHSK, v_BHSK, key_mask_BS, causal, dropout_p)
 
 

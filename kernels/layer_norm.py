@@ -44,9 +44,7 @@ def implementation(device: torch.device | str = "cpu") -> str:
     return "apex" if torch.device(device).type == "cuda" and has_apex() else "torch"
 
 
-def layer_norm(
-    x_ND: torch.Tensor, weight_D: torch.Tensor, bias_D: torch.Tensor, eps: float = 1e-5
-) -> torch.Tensor:
+def layer_norm(x_ND: torch.Tensor, weight_D: torch.Tensor, bias_D: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
     """Layer norm over the last dimension by the fastest implementation at hand."""
     return _IMPLEMENTATIONS[implementation(x_ND.device)](x_ND, weight_D, bias_D, eps)
 

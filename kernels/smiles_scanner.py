@@ -24,7 +24,7 @@ OPEN_REGEX = r"Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\|\/|:|~|@|\?|
 CHEMISTRY_REGEX = f"{BRACKET_REGEX}|{OPEN_REGEX}"
 REGEX_SPECIAL = re.compile(r"[()\[\].|+*?$^{}\\]")
 
-# A smaller batch is not worth importing numba for (0.4 to 2 s); once it is there, even one string is faster with it.
+# A smaller batch is not worth importing numba for (0.4 to 1 s); once it is there, even one string is faster with it.
 FAST_FROM_CHARACTERS = 20_000
 
 IdBatch = tuple[npt.NDArray[np.uint16], npt.NDArray[np.int64]]
@@ -117,18 +117,18 @@ class SmilesScanner:
 def _join_bytes(
     strings: Sequence[str],
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The strings as one UTF-8 buffer, with the first byte of each and the byte after its last.
+    """The strings as one UTF-8 buffer, with the first byte of each and the byte after its last (there is one).
 
     One join and one encode cost far less than a call a string; they need a separator that no string holds.
     """
-    data = np.frombuffer("\0".join(strings).encode("utf-8", "surrogatepass"), dtype=np.uint8)
-    cuts = np.flatnonzero(data == 0)
-    if len(cuts) == len(strings) - 1:
-        return data, np.concatenate(([0], cuts + 1)), np.concatenate((cuts, [len(data)]))
+    data = np.frombuffer("\0".join(strings).encode("utf-8", "surrogatepass") + b"\0", dtype=np.uint8)
+    ends = np.flatnonzero(data == 0)
+    if len(ends) == len(strings):
+        return data, np.concatenate(([0], ends[:-1] + 1)), ends
     parts = [text.encode("utf-8", "surrogatepass") for text in strings]
     ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
     starts = np.concatenate(([0], ends))[: len(parts)]
-    return np.frombuffer(b"".join(parts), dtype=np.uint8), starts, ends
+    return np.frombuffer(b"".join(parts) + b"\0", dtype=np.uint8), starts, ends
 
 
 def _build_tables(vocabulary: Sequence[str], extra_ids: Sequence[int], unknown_id: int) -> tuple[Any, ...]:
@@ -163,12 +163,14 @@ def _build_tables(vocabulary: Sequence[str], extra_ids: Sequence[int], unknown_i
     while node >= 0:
         root[byte[node]], single[byte[node]] = node, token[node]
         node = sibling[node]
-    kind = np.zeros(256, dtype=np.uint8)
+    kind = np.zeros((256, 256), dtype=np.uint8)
     kind[128:] = 1
-    kind[list(b"[%BC\n")] = 1
-    kind[[vocabulary[index].encode("utf-8", "surrogatepass")[0] for index in extra_ids]] = 2
+    kind[list(b"[%\n")] = 1
+    kind[ord("B"), ord("r")] = kind[ord("C"), ord("l")] = 1
+    for text in (vocabulary[index].encode("utf-8", "surrogatepass") for index in extra_ids):
+        kind[text[0], text[1] if len(text) > 1 else slice(None)] = 2
     narrow = [np.array(column, dtype=np.int32) for column in (child, sibling, byte, token, extra)]
-    return kind, single, root, *narrow
+    return kind.ravel(), single, root, *narrow
 
 
 def _scan_bytes(  # numba compiles it: one function, plain loops
@@ -189,8 +191,8 @@ def _scan_bytes(  # numba compiles it: one function, plain loops
 ) -> int:
     """Write the ids of every string `data[starts[i]:ends[i]]` and where each ends; return how many there are.
 
-    By first byte: `kind` 0 is a token by itself, whose id is `single`; 1 needs the rules of the regular expression; 2
-    may begin a non-chemical token too. The trie: `root` by first byte, then `child` and `sibling`, each node with its
+    By a byte and the next: `kind` 0 is a token by itself, whose id is `single`; 1 needs the rules of the regular
+    expression; 2 may begin a non-chemical token too. The trie: `root` by first byte, then `child` and `sibling`, each node with its
     `byte`, the `token` id that ends there (or unknown) and the precedence of the `extra` token that ends there (or -1).
     """
     count = 0
@@ -198,14 +200,15 @@ def _scan_bytes(  # numba compiles it: one function, plain loops
         i, end = starts[row], ends[row]
         unclosed = False  # no "]" follows: found once, so that "[[[[..." stays linear
         while i < end:
-            c = data[i]
-            if kind[c] == 0:
+            c = int(data[i])
+            what = kind[c * 256 + data[i + 1]]
+            if what == 0:
                 ids[count] = single[c]
                 count += 1
                 i += 1
                 continue
             length, found = 0, unknown_id
-            if kind[c] == 2:  # the first alternative of the expression wins, not the longest
+            if what == 2:  # the first alternative of the expression wins, not the longest
                 best, node, j = len(token), root[c], i + 1
                 while node >= 0:
                     if 0 <= extra[node] < best:

@@ -17,7 +17,9 @@ from biokit.errors import ConfigError
 
 
 def test_yaml_round_trip():
-    config = config_from_dict({"train": {"lr": "1e-3", "train_iters": 5}, "data": {"dataset": {"train": "x[000..003]"}}})
+    config = config_from_dict(
+        {"train": {"lr": "1e-3", "train_iters": 5}, "data": {"dataset": {"train": "x[000..003]"}}}
+    )
     assert config.train.lr == 1e-3
     assert config_from_dict(yaml.safe_load(config_to_yaml(config))) == config
 

@@ -7,7 +7,7 @@ that below 2e-5. A mutation is a change ten times as large as the bound.
 import pytest
 import torch
 
-from biokit.kernels import attention, cross_entropy, dispatch, layer_norm
+from biokit.kernels import attention, cross_entropy, dispatch, dropout, layer_norm
 
 BOUND = 2e-5
 
@@ -113,9 +113,51 @@ def test_attention_dropout_keeps_the_mean():
         assert abs(float(mean) - 1.0) < 5 * 0.33 / 400
 
 
+def dropout_zeros(function, p, seed=0):
+    torch.manual_seed(seed)
+    x = torch.ones(1000, 1000, requires_grad=True)
+    y = function(x, p)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())  # the gradient meets the same mask
+    kept = y.detach()[y.detach() != 0]
+    assert float(kept.max() - kept.min()) == 0.0
+    return float((y == 0).float().mean()), float(y.detach().mean())
+
+
+@pytest.mark.parametrize("function", [dropout.dropout_reference, dropout.dropout])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_law(function, p):
+    share, mean = dropout_zeros(function, p)
+    sigma = (p * (1 - p) / 1e6) ** 0.5
+    assert abs(share - p) < 5 * sigma + 0.5 / dropout.LEVELS
+    assert abs(mean - 1.0) < 5 * sigma / (1 - p) + 1e-5
+
+
+def test_dropout_mutation_fails():
+    share, _ = dropout_zeros(lambda x, p: dropout.dropout_lanes(x, p + 0.01), 0.1)
+    assert abs(share - 0.1) > 10 * 5 * (0.09 / 1e6) ** 0.5 / 2
+
+
+def test_dropout_follows_torchs_seed():
+    x = torch.ones(7, 11)
+    masks = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        masks.append((dropout.dropout(x, 0.5), dropout.dropout(x, 0.5)))
+    assert all(torch.equal(a, b) for a, b in zip(masks[0], masks[2], strict=True))
+    assert not torch.equal(masks[0][0], masks[1][0])
+    assert not torch.equal(masks[0][0], masks[0][1])
+
+
+def test_dropout_of_nothing_is_the_input():
+    x = torch.ones(3)
+    assert dropout.dropout(x, 0.0) is x
+
+
 def test_bf16_on_the_cpu_takes_the_plain_form():
     assert attention.implementation("cpu", torch.bfloat16) == "reference"
     assert attention.implementation("cpu", torch.float32) == "sdpa"
+    assert attention.implementation("cpu", torch.float32, dropout_p=0.1) == "reference"
 
 
 def test_references_can_be_forced(monkeypatch):

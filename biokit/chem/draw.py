@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rdkit import Chem, rdBase
 from rdkit.Chem import rdDepictor
 from rdkit.Chem.Draw import rdMolDraw2D
 
+from biokit.chem.molecules import Mol, parse_smiles
 from biokit.errors import DataError
-
-if TYPE_CHECKING:
-    from rdkit.Chem import Mol
 
 Rgb = tuple[float, float, float]
 
@@ -34,17 +32,19 @@ _ATOM_TOKEN = re.compile(r"\[|[BCNOPSFIbcnops*]")
 
 
 def read_molecule(smiles: str) -> Mol | None:
-    """The molecule of a SMILES, atoms in the order of the text; None where it has none to draw (the caller shows text).
-
-    Silent: what rdkit would print for an invalid string is not printed.
+    """The molecule of a SMILES, atoms in the order of the text; None where `parse_smiles` refuses it: a picture then
+    shows its text.
     """
-    parameters = Chem.SmilesParserParams()
+    try:
+        molecule = parse_smiles(smiles)
+    except DataError:
+        return None
+    if "[H]" not in smiles:
+        return molecule
+    parameters: Any = Chem.SmilesParserParams()
     parameters.removeHs = False
-    parameters.allowCXSMILES = False
-    parameters.parseName = False
     with rdBase.BlockLogs():
-        molecule = Chem.MolFromSmiles(smiles, parameters)
-    return molecule if molecule is not None and molecule.GetNumAtoms() else None
+        return Chem.MolFromSmiles(smiles, parameters)
 
 
 def draw_molecule(
@@ -64,7 +64,7 @@ def draw_molecule(
         DataError: rdkit cannot draw it.
     """
     drawer = rdMolDraw2D.MolDraw2DCairo(width, height)
-    options = drawer.drawOptions()
+    options: Any = drawer.drawOptions()
     options.updateAtomPalette(ATOM_COLOURS)
     options.padding = 0.06
     options.fixedBondLength = 32.0  # pixels at most: small molecules are not blown up

@@ -32,7 +32,7 @@ CHANGES = (
 )
 """What cleaning may do to a molecule, or see and keep; a `CleanedMolecule` names those that apply."""
 
-_PARSER = Chem.SmilesParserParams()
+_PARSER: Any = Chem.SmilesParserParams()
 _PARSER.parseName = False  # else "CC O" is read as the molecule CC named O
 _PARSER.allowCXSMILES = False
 
@@ -76,7 +76,9 @@ def parse_smiles(smiles: str) -> Mol:
         if mol is not None:
             return mol
         reason = reason or _parser_reason(log.messages)
-    raise DataError(f'SMILES "{_shown(smiles)}"', f"cannot be parsed ({reason})", "Correct it, or leave it out")
+    raise DataError(
+        f'SMILES "{_shown(smiles)}"', f"cannot be parsed ({reason})", "Correct it, or leave it out"
+    )
 
 
 def parse_mol_block(block: str) -> Mol:
@@ -120,7 +122,7 @@ def random_smiles(mol_bytes: bytes, count: int, seed: int) -> list[str]:
     if count <= 0:
         return []
     try:
-        mol = Chem.Mol(mol_bytes)
+        mol = Chem.Mol(mol_bytes)  # type: ignore[call-overload]  # the stub says str
     except RuntimeError as error:
         found = f"the bytes are not a molecule ({_first_line(str(error))})"
         raise DataError("random SMILES of a stored molecule", found, "Build the token store again") from error
@@ -217,10 +219,10 @@ def _choose_fragment(text: str, options: CleanOptions, changes: list[str]) -> tu
 
 
 def _fragment_rank(mol: Mol) -> tuple[bool, int, float, str]:
-    from rdkit.Chem.Descriptors import MolWt
+    from rdkit.Chem.rdMolDescriptors import CalcExactMolWt
 
     has_carbon = any(atom.GetAtomicNum() == 6 for atom in mol.GetAtoms())
-    return has_carbon, mol.GetNumHeavyAtoms(), round(MolWt(mol), 3), _write(mol)
+    return has_carbon, mol.GetNumHeavyAtoms(), round(CalcExactMolWt(mol), 3), _write(mol)
 
 
 def _treat_atom_maps(mol: Mol, options: CleanOptions, changes: list[str]) -> Mol:
@@ -283,7 +285,7 @@ def _num_stereo(smiles: str) -> int:
     with rdBase.BlockLogs():
         mol = Chem.MolFromSmiles(smiles, sanitize=False)
     directed = {Chem.BondDir.ENDUPRIGHT, Chem.BondDir.ENDDOWNRIGHT}
-    marked = set()
+    marked: set[int] = set()
     for bond in mol.GetBonds():
         if bond.GetBondDir() in directed:
             marked.update((bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()))

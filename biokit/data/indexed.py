@@ -1,9 +1,8 @@
 """The token store: Megatron's memory-mapped `.bin`/`.idx` pair, with a manifest of checksums beside it.
 
-The pair is byte-compatible, both ways, with megatron-core's IndexedDataset and IndexedDatasetBuilder. `.idx`, little
-endian: magic (9 bytes), u64 version, u8 dtype code, u64 number of sequences N, u64 number of documents + 1,
-int32 lengths[N], int64 byte offsets[N], int64 first sequence of each document (and N). `.bin`: the ids, no header.
-`.json` is biokit's own: sizes and sha256 of both files, counts, and what the writer wants remembered.
+The pair is byte-compatible, both ways, with megatron-core's IndexedDataset and IndexedDatasetBuilder: `.idx` as in
+`biokit.data.index_format`, `.bin` the ids without a header. `.json` is biokit's own: sizes and sha256 of both files,
+counts, and what the writer wants remembered.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ import hashlib
 import json
 import mmap
 import os
-import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -21,18 +19,13 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from biokit.data.index_format import CODE_OF, REBUILD, build_index, parse_index
 from biokit.errors import StoreError
 
 Ints = NDArray[np.integer]
 
-MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
-DTYPE_CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
-_CODE_OF = {name: code for code, name in DTYPE_CODES.items()}
-_HEADER = struct.Struct("<9sQBQQ")
 _MANIFEST_FORMAT = "biokit token store 1"
 _LONG_ROW = 64  # mean length from which copying row by row beats one scatter of all ids (measured)
-_REBUILD = "Make the store again with `biokit preprocess`"
 
 
 class StoreWriter:
@@ -50,10 +43,8 @@ class StoreWriter:
     def __init__(self, prefix: str | Path, dtype: DTypeLike, metadata: dict[str, Any] | None = None) -> None:
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        if self.dtype.name not in _CODE_OF:
-            raise StoreError(
-                f"token store {prefix}", f"no code for {self.dtype.name}", f"Use one of {sorted(_CODE_OF)}"
-            )
+        if self.dtype.name not in CODE_OF:
+            raise StoreError(f"token store {prefix}", f"no code for {self.dtype.name}", f"Use one of {sorted(CODE_OF)}")
         self.metadata = dict(metadata or {})
         self._lengths: list[Ints] = []
         self._documents: list[Ints] = []  # sequences of each document
@@ -62,7 +53,7 @@ class StoreWriter:
 
     def __enter__(self) -> StoreWriter:
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._bin = open(self._partial(".bin"), "wb")
+        self._bin = self._partial(".bin").open("wb")
         return self
 
     def add_document(self, sequences: Sequence[Ints]) -> None:
@@ -96,8 +87,8 @@ class StoreWriter:
         if len(lengths) and (lengths.min() < 0 or lengths.max() > 2**31 - 1 or offsets[-1] > len(flat)):
             raise StoreError(asked, "offsets do not fit the ids", "Give ascending offsets inside `flat`")
         data = self._as_stored(np.asarray(flat)[int(offsets[0]) : int(offsets[-1])], asked)
-        self._bin.write(data)
-        self._hash.update(data)
+        self._bin.write(data.data)
+        self._hash.update(data.data)
         self._num_bytes += data.nbytes
         self._lengths.append(lengths.astype("<i4"))
         self._documents.append(counts)
@@ -144,27 +135,17 @@ class StoreWriter:
         manifest["checksum"] = _manifest_checksum(manifest)
         text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
         for suffix, content in ((".idx", index), (".json", text.encode())):
-            with open(self._partial(suffix), "wb") as file:
+            with self._partial(suffix).open("wb") as file:
                 file.write(content)
                 _flush(file)
         Path(f"{self.prefix}.json").unlink(missing_ok=True)  # a store half replaced must not look whole
         for suffix in (".bin", ".idx", ".json"):
-            os.replace(self._partial(suffix), f"{self.prefix}{suffix}")
+            self._partial(suffix).replace(f"{self.prefix}{suffix}")
         folder = os.open(Path(self.prefix).parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def build_index(lengths: Ints, document_starts: Ints, dtype: np.dtype[Any]) -> bytes:
-    """The bytes of an `.idx` file; byte offsets are 64-bit whatever the dtype of `lengths`."""
-    offsets = np.zeros(len(lengths), dtype="<i8")
-    np.cumsum(np.asarray(lengths[:-1], dtype=np.int64) * dtype.itemsize, out=offsets[1:])
-    header = _HEADER.pack(MAGIC, VERSION, _CODE_OF[dtype.name], len(lengths), len(document_starts))
-    return b"".join(
-        [header, lengths.astype("<i4").tobytes(), offsets.tobytes(), document_starts.astype("<i8").tobytes()]
-    )
 
 
 class TokenStore:
@@ -175,8 +156,10 @@ class TokenStore:
         sequence_lengths: (S,) int32. document_starts: (D + 1,) int64, the first sequence of each document.
     """
 
-    def __init__(self, prefix: str, data: NDArray[Any], index: tuple[Ints, Ints, Ints], metadata: dict[str, Any]):
-        self.prefix, self.dtype, self.metadata = prefix, data.dtype, metadata
+    def __init__(self, prefix: str, data: NDArray[Any], index: tuple[Ints, Ints, Ints], manifest: dict[str, Any]):
+        self.prefix, self.dtype = prefix, data.dtype
+        self.metadata: dict[str, Any] = manifest.get("metadata", {})
+        self._manifest_hash: str = manifest.get("checksum", "")
         self.sequence_lengths, self._offsets, self.document_starts = index
         self.num_sequences = len(self.sequence_lengths)
         self._data = data
@@ -206,22 +189,32 @@ class TokenStore:
         mapped: dict[str, Any] = {}
         for suffix in (".idx", ".bin"):
             mapped[suffix] = _map_file(Path(prefix + suffix), manifest.get(suffix[1:]), verify)
-        dtype, index = _parse_index(Path(prefix + ".idx"), mapped[".idx"])
+        dtype, index = parse_index(Path(prefix + ".idx"), mapped[".idx"])
         if verify and dtype.name != manifest["dtype"]:
             found = f"it holds {dtype.name}, the manifest says {manifest['dtype']}"
-            raise StoreError(f"token store {prefix}.idx", found, _REBUILD)
+            raise StoreError(f"token store {prefix}.idx", found, REBUILD)
         expected = int(index[1][-1]) + int(index[0][-1]) * dtype.itemsize if len(index[0]) else 0
         if len(mapped[".bin"]) != expected:
             found = f"it has {len(mapped['.bin'])} bytes, its index says {expected}: truncated, or of another store"
-            raise StoreError(f"token store {prefix}.bin", found, _REBUILD)
+            raise StoreError(f"token store {prefix}.bin", found, REBUILD)
         data = np.frombuffer(mapped[".bin"], dtype=dtype) if expected else np.empty(0, dtype)
-        return cls(prefix, data, index, manifest.get("metadata", {}))
+        return cls(prefix, data, index, manifest)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.prefix,)
 
     def __len__(self) -> int:
         return self._num_documents
+
+    @property
+    def ids(self) -> NDArray[Any]:
+        """All ids of the store, one sequence after another; read-only."""
+        return self._data
+
+    @property
+    def manifest_hash(self) -> str:
+        """The manifest's checksum, which names the whole content; "" without a manifest."""
+        return self._manifest_hash
 
     @property
     def lengths(self) -> Ints:
@@ -307,7 +300,7 @@ def pad_rows(
 
 def _items(array: NDArray[Any], code: str) -> memoryview:
     """A view of an array, aligned or not, whose items come as Python numbers."""
-    return memoryview(array.view(np.uint8)).cast(code) if len(array) else memoryview(b"").cast(code)  # type: ignore[call-overload,no-any-return]
+    return array.view(np.uint8).data.cast("B").cast(code) if len(array) else memoryview(b"").cast(code)  # type: ignore[call-overload]
 
 
 def _reopen(prefix: str) -> TokenStore:
@@ -332,65 +325,33 @@ def _read_manifest(prefix: str, required: bool) -> dict[str, Any]:
     except FileNotFoundError:
         if not required:
             return {}
-        do = f"{_REBUILD}, or pass verify=False for a store that another tool wrote"
+        do = f"{REBUILD}, or pass verify=False for a store that another tool wrote"
         raise StoreError(asked, "there is no such manifest: never finished, or not biokit's", do) from None
     except (ValueError, OSError) as error:
-        raise StoreError(asked, f"it cannot be read ({error})", _REBUILD) from error
+        raise StoreError(asked, f"it cannot be read ({error})", REBUILD) from error
     if not isinstance(manifest, dict) or manifest.get("format") != _MANIFEST_FORMAT:
-        raise StoreError(asked, "it is not the manifest of a token store", _REBUILD)
+        raise StoreError(asked, "it is not the manifest of a token store", REBUILD)
     if manifest.get("checksum") != _manifest_checksum(manifest):
-        raise StoreError(asked, "it was altered after writing (checksum)", _REBUILD)
+        raise StoreError(asked, "it was altered after writing (checksum)", REBUILD)
     return manifest
 
 
 def _map_file(path: Path, noted: dict[str, Any] | None, verify: bool) -> Any:
     asked = f"token store {path}"
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if noted is not None and size != noted["size"]:
                 change = "truncated" if size < noted["size"] else "of another store"
-                raise StoreError(asked, f"it has {size} bytes, the manifest says {noted['size']}: {change}", _REBUILD)
+                raise StoreError(asked, f"it has {size} bytes, the manifest says {noted['size']}: {change}", REBUILD)
             if verify and noted is not None and hashlib.file_digest(file, "sha256").hexdigest() != noted["sha256"]:
                 found = "its sha256 is not the manifest's: altered, or of another store"
-                raise StoreError(asked, found, _REBUILD)
+                raise StoreError(asked, found, REBUILD)
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     except FileNotFoundError:
-        raise StoreError(asked, "there is no such file", _REBUILD) from None
+        raise StoreError(asked, "there is no such file", REBUILD) from None
 
 
-def _parse_index(path: Path, raw: Any) -> tuple[np.dtype[Any], tuple[Ints, Ints, Ints]]:
-    """Views of the three arrays of an `.idx`, after checks that hold for any writer's file.
-
-    Raises:
-        StoreError: not Megatron's format, or arrays that contradict one another.
-    """
-    asked = f"token store {path}"
-    if len(raw) < _HEADER.size:
-        raise StoreError(asked, f"it has {len(raw)} bytes: truncated, or not an index", _REBUILD)
-    magic, version, code, num_sequences, num_bounds = _HEADER.unpack_from(raw)
-    if magic != MAGIC:
-        raise StoreError(asked, f"it begins with {magic!r}, not {MAGIC!r}", "Give the prefix of Megatron's mmap format")
-    if version != VERSION or code not in DTYPE_CODES:
-        found = f"version {version}, dtype code {code}"
-        raise StoreError(asked, found, f"Known: version {VERSION}, dtype codes {DTYPE_CODES}")
-    size = _HEADER.size + 12 * num_sequences + 8 * num_bounds
-    if len(raw) != size:
-        found = f"it has {len(raw)} bytes, its header says {size}: truncated, or with modes (multimodal)"
-        raise StoreError(asked, found, _REBUILD)
-    dtype = np.dtype(DTYPE_CODES[code]).newbyteorder("<")
-    lengths = np.frombuffer(raw, "<i4", num_sequences, _HEADER.size)
-    offsets = np.frombuffer(raw, "<i8", num_sequences, _HEADER.size + 4 * num_sequences)
-    starts = np.frombuffer(raw, "<i8", num_bounds, _HEADER.size + 12 * num_sequences)
-    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
-    contiguous = not num_sequences or (offsets[0] == 0 and np.array_equal(offsets[1:], ends[:-1]))
-    if not contiguous or (lengths < 0).any():
-        raise StoreError(asked, "its byte offsets do not follow from its lengths", _REBUILD)
-    if not num_bounds or starts[0] != 0 or starts[-1] != num_sequences or (np.diff(starts) < 0).any():
-        raise StoreError(asked, "its documents do not cover its sequences", _REBUILD)
-    return dtype, (lengths, offsets, starts)
-
-
-def sequence_numbers(store: TokenStore, documents: Ints, ks: Ints | Iterable[int] | int = 0) -> NDArray[np.int64]:
+def sequence_numbers(store: TokenStore, documents: Ints, ks: Ints | int = 0) -> Ints:
     """Numbers over the whole store of sequence k of each document, for `gather`."""
-    return store.document_starts[documents] + np.asarray(ks, dtype=np.int64)
+    return store.document_starts[documents] + np.asarray(ks)

@@ -65,7 +65,7 @@ def sample_keys(seed: int, epoch: int, indices: Ints, stream: int) -> Keys:
 
 def draw_bits(keys: Keys, positions: Ints | int) -> Keys:
     """64 random bits for each key at its position (broadcast)."""
-    steps = (np.asarray(positions).astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
+    steps = (np.atleast_1d(positions).astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
     return mix_bits(keys + steps)
 
 
@@ -99,7 +99,7 @@ def draw_poisson(bits: Keys, lam: float) -> NDArray[np.int64]:
 class _Spans:
     """The spans of a batch: flat start, tokens consumed, zero-length draws before, row; none overlap."""
 
-    __slots__ = ("starts", "ends", "zeros", "rows", "new_lengths")
+    __slots__ = ("ends", "new_lengths", "rows", "starts", "zeros")
 
     def __init__(self, starts: Ints, ends: Ints, zeros: Ints, rows: Ints, lengths: Ints) -> None:
         self.starts, self.ends, self.zeros, self.rows = starts, ends, zeros, rows
@@ -116,7 +116,7 @@ def mask_spans(
     prob: float = 0.10,
     lam: float = 3.0,
     chem_start: int = 0,
-    max_length: int = 0,
+    max_length: int | Ints = 0,
 ) -> tuple[Ints, NDArray[np.int64]]:
     """Replace spans by one mask each, under the law of MolBART's `span` scheme.
 
@@ -127,8 +127,8 @@ def mask_spans(
     Args:
         flat: (L,) ids. offsets: (N + 1,).
         keys: two streams of sample keys (N,), for starts and for lengths: see `mask_keys`.
-        max_length: rows that grow beyond it lose their zero-length masks (never longer than the input then); 0: no
-            limit.
+        max_length: for all rows, or for each (N,): rows that grow beyond it lose their zero-length masks (never
+            longer than the input then); 0: no limit.
 
     Returns:
         (flat, offsets) of the masked rows, of flat's dtype and int64.
@@ -158,7 +158,7 @@ def masked_lengths(
     max_length: int = 0,
     flat: Ints | None = None,
     chem_start: int = 0,
-) -> NDArray[np.int64]:
+) -> Ints:
     """The lengths (N,) that `mask_spans` gives, without the ids (needed only where ids below chem_start occur)."""
     return _draw_spans(flat, offsets, keys, prob, lam, chem_start, max_length).new_lengths
 
@@ -218,10 +218,7 @@ def _chosen_tokens(offsets: Ints, keys: Keys, prob: float) -> tuple[Ints, Ints, 
     bits += steps
     halves = mix_bits(bits).view(np.uint32)
     threshold = round(prob * _HALF)
-    if threshold >= _HALF:
-        hits = np.arange(2 * total)
-    else:
-        hits = np.flatnonzero(halves < np.uint32(threshold))
+    hits = np.arange(2 * total) if threshold >= _HALF else np.flatnonzero(halves < np.uint32(threshold))
     rows = np.repeat(np.arange(len(pairs)), pairs)[hits >> 1]
     positions = hits - 2 * pair_starts[rows]
     inside = positions < lengths[rows]
@@ -236,7 +233,7 @@ def _draw_spans(
     prob: float,
     lam: float,
     chem_start: int,
-    max_length: int,
+    max_length: int | Ints,
 ) -> _Spans:
     lengths = np.diff(offsets)
     starts, rows, positions = _chosen_tokens(offsets, keys[0], prob)
@@ -252,8 +249,9 @@ def _draw_spans(
     ends = np.minimum(starts + consumed, limits)
     kept = _first_come(starts, ends)
     spans = _Spans(starts[kept], ends[kept], zeros[kept], rows[kept], lengths)
-    if max_length and len(lengths) and spans.new_lengths.max() > max_length:
-        spans.zeros[(spans.new_lengths > max_length)[spans.rows]] = 0
+    grown = spans.new_lengths > np.where(np.asarray(max_length) > 0, max_length, np.iinfo(np.int64).max)
+    if grown.any():
+        spans.zeros[grown[spans.rows]] = 0
         spans = _Spans(spans.starts, spans.ends, spans.zeros, spans.rows, lengths)
     return spans
 

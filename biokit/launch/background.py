@@ -45,11 +45,15 @@ class BackgroundRun:
     Attributes:
         folder: the run folder, where everything that the training says is found.
         log_file: standard output and error of the training, together.
+        started: unix time at which the process was started.
     """
 
-    def __init__(self, folder: RunFolder, process: subprocess.Popen[bytes], log_file: Path, log_start: int) -> None:
+    def __init__(
+        self, folder: RunFolder, process: subprocess.Popen[bytes], log_file: Path, log_start: int, started: float
+    ) -> None:
         self.folder = folder
         self.log_file = log_file
+        self.started = started
         self._log_start = log_start
         self._process = process
         self._lock = threading.Lock()
@@ -175,6 +179,7 @@ def start_module(folder: RunFolder, module: str, arguments: list[str]) -> Backgr
     command = [sys.executable, "-m", "biokit.launch.background", str(os.getpid()), module, *arguments]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "TQDM_DISABLE": "1"}
     log_file = folder.logs / "train.log"
+    started = time.time()
     with log_file.open("ab") as log:
         log_start = log.tell()
         process = _starter.submit(
@@ -186,7 +191,7 @@ def start_module(folder: RunFolder, module: str, arguments: list[str]) -> Backgr
             env=environment,
             start_new_session=True,
         ).result()
-    run = BackgroundRun(folder, process, log_file, log_start)
+    run = BackgroundRun(folder, process, log_file, log_start, started)
     _live[key] = weakref.ref(run)
     return run
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from biokit.kernels.attention import attention
+from biokit.kernels.dropout import dropout
 from biokit.kernels.layer_norm import layer_norm
 
 
@@ -28,6 +29,17 @@ class LayerNorm(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         return layer_norm(x_BTD, self.weight, self.bias, self.eps)
+
+
+class Dropout(nn.Module):
+    """Dropout in training, nothing else."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return dropout(x, self.p) if self.training else x
 
 
 class AttentionCore(nn.Module):
@@ -45,8 +57,8 @@ class AttentionCore(nn.Module):
         key_mask_BS: torch.Tensor | None,
         causal: bool,
     ) -> torch.Tensor:
-        dropout = self.dropout if self.training else 0.0
-        y_BHTK = attention(q_BHTK, k_BHSK, v_BHSK, key_mask_BS, causal, dropout)
+        dropout_p = self.dropout if self.training else 0.0
+        y_BHTK = attention(q_BHTK, k_BHSK, v_BHSK, key_mask_BS, causal, dropout_p)
         return y_BHTK.transpose(1, 2).flatten(2)
 
 
@@ -126,7 +138,7 @@ class FeedForward(nn.Module):
     def __init__(self, hidden_size: int, ffn_hidden_size: int, dropout: float) -> None:
         super().__init__()
         self.up = nn.Linear(hidden_size, ffn_hidden_size)
-        self.inner_dropout = nn.Dropout(dropout)
+        self.inner_dropout = Dropout(dropout)
         self.down = nn.Linear(ffn_hidden_size, hidden_size)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
@@ -139,7 +151,7 @@ class TokenEmbedding(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int, max_positions: int, dropout: float) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocab_size, hidden_size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.scale = math.sqrt(hidden_size)
         self.register_buffer("positions_TD", sinusoidal_positions(max_positions, hidden_size), persistent=False)
 

@@ -22,6 +22,7 @@ from torch import nn
 from biokit.config import ModelConfig
 from biokit.models.layers import (
     CrossAttention,
+    Dropout,
     FeedForward,
     KeyValueCache,
     LayerNorm,
@@ -91,7 +92,7 @@ class EncoderLayer(nn.Module):
         self.attention = SelfAttention(hidden, sizes["num_attention_heads"], dropout)
         self.ffn_norm = LayerNorm(hidden)
         self.ffn = FeedForward(hidden, sizes["ffn_hidden_size"], dropout)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.final_norm = LayerNorm(hidden) if last else nn.Identity()
 
     def forward(self, carry: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -116,7 +117,7 @@ class DecoderLayer(nn.Module):
         self.cross_attention = CrossAttention(hidden, heads, dropout)
         self.ffn_norm = LayerNorm(hidden)
         self.ffn = FeedForward(hidden, sizes["ffn_hidden_size"], dropout)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.last = last
 
     def forward(self, carry: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

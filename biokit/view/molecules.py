@@ -9,6 +9,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from biokit.errors import DataError
 from biokit.view.canvas import BLUE, FRAME, GREY, INK, ORANGE, PALE, VERMILLION, Canvas
@@ -81,14 +82,19 @@ def show_molecules(
         head + max(1, num_rows) * (height + legend_height) + (24 if rest else 0) + _MARGIN,
     )
     if title:
-        canvas.text(_MARGIN, 19, title, size=15, bold=True)
+        canvas.text(_MARGIN, 19, _shorten(title), size=15, bold=True)
     for i, molecule in enumerate(molecules):
         x = _MARGIN + i % columns * width
         y = head + i // columns * (height + legend_height)
         _draw_tile(canvas, molecule, shown[i], x, y, width, height)
         for k, line in enumerate(lines[i]):
             canvas.text(
-                x + width / 2, y + height + 8 + 16 * k, line, size=12 if legends else 11, align="center", mono=not legends
+                x + width / 2,
+                y + height + 8 + 16 * k,
+                line,
+                size=12 if legends else 11,
+                align="center",
+                mono=not legends,
             )
     if not shown:
         canvas.text(canvas.width / 2, head + 60, "no molecules", size=14, align="center", colour=GREY)
@@ -108,15 +114,13 @@ def show_tokens(smiles: str, rows: Sequence[TokenRow], *, title: str = "") -> Pi
         written = "".join(rows[0].tokens[i] for i in chemistry)
         molecule = read_molecule(written) or molecule
         atoms = atoms_of_tokens(molecule, [rows[0].tokens[i] for i in chemistry])
-        highlights = {
-            atom: ORANGE for position, atom in atoms.items() if rows[0].hidden[chemistry[position]]
-        }
+        highlights = {atom: ORANGE for position, atom in atoms.items() if rows[0].hidden[chemistry[position]]}
     width, head, height = 960, 34 if title else _MARGIN, 250
     laid_out = [_lay_out(row.tokens, width - 2 * _MARGIN) for row in rows]
     heights = [28 + (_BOX + 6) * (1 + max((line for _, line, _ in boxes), default=0)) + 8 for boxes in laid_out]
     canvas = Canvas(width, head + height + sum(heights) + 40)
     if title:
-        canvas.text(_MARGIN, 19, title, size=15, bold=True)
+        canvas.text(_MARGIN, 19, _shorten(title), size=15, bold=True)
     _draw_tile(canvas, molecule, smiles, _MARGIN, head, width - 2 * _MARGIN, height, highlights)
     y = head + height
     for row, boxes, row_height in zip(rows, laid_out, heights, strict=True):
@@ -156,7 +160,7 @@ def show_random_smiles(smiles: Sequence[str], *, title: str = "", columns: int =
     num_rows = max(1, -(-len(molecules) // columns))
     canvas = Canvas(max(420, columns * width + 2 * _MARGIN), head + num_rows * (height + legend_height) + 30)
     if title:
-        canvas.text(_MARGIN, 19, title, size=15, bold=True)
+        canvas.text(_MARGIN, 19, _shorten(title), size=15, bold=True)
     shades = colormaps["YlGnBu"]
     for i, molecule in enumerate(molecules):
         num_atoms = molecule.GetNumAtoms()
@@ -213,7 +217,7 @@ def _tile_size(num_atoms: Sequence[int], columns: int) -> tuple[int, int, int]:
 
 def _draw_tile(
     canvas: Canvas,
-    molecule: object,
+    molecule: Any,
     text: str,
     x: float,
     y: float,
@@ -226,7 +230,7 @@ def _draw_tile(
 
     reason = "not a molecule"
     if molecule is not None:
-        num_atoms = molecule.GetNumAtoms()  # type: ignore[attr-defined]
+        num_atoms = molecule.GetNumAtoms()
         reason = f"{num_atoms} atoms: too many to draw"
         if num_atoms <= MAX_ATOMS:
             try:
@@ -293,9 +297,7 @@ def _shorten(text: str, max_length: int = 100) -> str:
     return (text if len(text) <= max_length else text[: max_length - 1] + "…") or "(empty)"
 
 
-def _grid_alt(
-    shown: Sequence[str], legends: Sequence[str], molecules: Sequence[object], rest: int, title: str
-) -> str:
+def _grid_alt(shown: Sequence[str], legends: Sequence[str], molecules: Sequence[object], rest: int, title: str) -> str:
     invalid = sum(molecule is None for molecule in molecules)
     head = f"{title + ': ' if title else ''}{len(shown)} molecule{'' if len(shown) == 1 else 's'} drawn"
     head += f", {invalid} of them as text because not valid" if invalid else ""

@@ -61,6 +61,7 @@ def picture_of(figure: Figure, alt: str) -> Picture:
     """Render a matplotlib figure to a PNG that carries its alternative text (`Description`) in itself."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    alt = alt.encode("utf-8", "backslashreplace").decode("utf-8")  # half a surrogate pair fits in no file
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(buffer, format="png", metadata={"Description": alt.replace("\n", " "), "Software": None})

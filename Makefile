@@ -1,0 +1,46 @@
+# Two commands: `make quickstart` (the main job on real molecules) and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TRIALS ?= 50
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: quickstart env test drills bench clean
+
+quickstart: $(VENV)/.quickstart
+	$(BIN)/python -m biokit notebook notebooks/00_quickstart.ipynb runs/quickstart
+
+env: $(VENV)/.env
+
+test: $(VENV)/.env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lint-imports
+	$(BIN)/python -m pytest -m "not full"
+	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=600 \
+	    --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider notebooks
+
+drills: $(VENV)/.env
+	$(BIN)/python -m tests.drills.kill_and_resume --trials $(TRIALS)
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m tests.bench
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.quickstart: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -e ".[notebooks]"
+	touch $@
+
+$(VENV)/.env: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -e ".[notebooks,distributed,test]"
+	touch $@ $(VENV)/.quickstart
+
+$(VENV)/.bench: $(VENV)/.env
+	$(INSTALL) -e ".[notebooks,distributed,test,bench]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

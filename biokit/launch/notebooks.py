@@ -1,0 +1,99 @@
+"""Runs a notebook by papermill, judges it by its run's manifest, and trusts the copy that it wrote itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from biokit.errors import DataError, EngineError, RunError
+from biokit.runs import RunFolder
+
+DONE = ("finished", "stopped", "preprocessed")
+
+
+@dataclass(frozen=True)
+class ExecutedNotebook:
+    """Where an executed notebook and the run that it made stand."""
+
+    path: Path
+    folder: RunFolder
+    seconds: float
+
+    def __str__(self) -> str:
+        files = sorted(p for p in self.folder.path.rglob("*") if p.is_file() and not _is_internal(p, self.folder.path))
+        lines = [f"{self.path.name} ran in {self.seconds:.0f} s; it and what it made:"]
+        return "\n".join(lines + [f"  {path}" for path in files])
+
+
+def run_notebook(notebook: Path, out: Path, parameters: Mapping[str, Any] | None = None) -> ExecutedNotebook:
+    """Execute a notebook with its `run_dir` parameter set to `out`; the executed copy is left there too.
+
+    Args:
+        parameters: further values for its `parameters` cell.
+
+    Raises:
+        EngineError: papermill is not installed.
+        DataError: no such notebook, or a parameter that its `parameters` cell does not have.
+        RunError: a cell failed (named, with its error), or the run's manifest does not say it is done.
+    """
+    try:
+        import papermill
+        from papermill.exceptions import PapermillExecutionError
+    except ImportError as error:
+        raise EngineError(
+            f"run {notebook}",
+            "papermill is not installed",
+            'Install it: pip install -c constraints.txt -e ".[notebooks]"',
+        ) from error
+    values = {**(parameters or {}), "run_dir": str(out.resolve())}
+    _check_parameters(notebook, values)
+    out.mkdir(parents=True, exist_ok=True)
+    executed = out / notebook.name
+    started = time.monotonic()
+    try:
+        papermill.execute_notebook(
+            str(notebook), str(executed), values, kernel_name="python3", cwd=str(notebook.parent), log_output=False
+        )
+    except PapermillExecutionError as error:
+        raise RunError(
+            f"notebook {notebook.name}",
+            f"cell {error.exec_count} failed ({error.ename}: {error.evalue})",
+            f"Open {executed}: the cell is marked",
+        ) from error
+    finally:
+        if executed.exists():
+            trust_notebook(executed)
+    folder = RunFolder(out)
+    status = folder.read_manifest().get("status")
+    if status not in DONE:
+        raise RunError(f"notebook {notebook.name}", f"its run is {status!r}", f"See {out}/logs")
+    return ExecutedNotebook(executed, folder, time.monotonic() - started)
+
+
+def trust_notebook(path: Path) -> None:
+    """Sign a notebook for this user, so that it opens with its pictures and widgets (as `jupyter trust` does)."""
+    import nbformat
+    from nbformat.sign import NotebookNotary
+
+    NotebookNotary().sign(nbformat.read(path, as_version=4))
+
+
+def _check_parameters(notebook: Path, values: Mapping[str, Any]) -> None:
+    import papermill
+
+    if not notebook.is_file():
+        raise DataError(f"notebook {notebook}", "there is no such file", "Give the path of a .ipynb file")
+    known = papermill.inspect_notebook(str(notebook))
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise DataError(
+            f"notebook {notebook.name}", f"it has no parameter {', '.join(unknown)}", f"It has: {', '.join(known)}"
+        )
+
+
+def _is_internal(path: Path, root: Path) -> bool:
+    parts = path.relative_to(root).parts
+    return any(part.startswith(".") for part in parts) or parts[0] in ("data", "checkpoints", "tensorboard", "logs")

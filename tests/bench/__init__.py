@@ -1,0 +1,1 @@
+"""Benchmarks against the peers: ratios per CPU-second, interleaved, one thread."""

@@ -1,0 +1,71 @@
+// Opens a notebook in JupyterLab with headless Chromium, runs all cells, waits for the live panel to show steps,
+// clicks its stop button, and waits until the button says that the run was stopped.
+//
+// node stop_button.mjs URL SCREENSHOT_STEM CHROMIUM PROFILE_DIR [FIRST_STEP]; prints one JSON object.
+// playwright-core is found through PLAYWRIGHT_DIR (a folder with node_modules) or beside this file.
+import { createRequire } from "node:module";
+import path from "node:path";
+
+const [url, screenshotStem, chromiumPath, profileDir, firstStep = "3"] = process.argv.slice(2);
+const require = createRequire(path.join(process.env.PLAYWRIGHT_DIR ?? import.meta.dirname, "package.json"));
+const { chromium } = require("playwright-core");
+
+const CELL_TIMEOUT_MS = 120_000;
+const STOP_TIMEOUT_MS = 30_000;
+const flags = [
+  "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+  "--disable-component-update", "--disable-sync",
+];
+
+const failed = [];
+const foreign = [];
+const errors = [];
+const context = await chromium.launchPersistentContext(profileDir, {
+  executablePath: chromiumPath, headless: true, args: flags, viewport: { width: 1200, height: 2300 },
+});
+try {
+  const page = await context.newPage();
+  const isLocal = (address) => ["127.0.0.1", "localhost", ""].includes(new URL(address).hostname);
+  page.on("request", (request) => { if (!isLocal(request.url())) foreign.push(request.url()); });
+  page.on("requestfailed", (request) => failed.push(`${request.url()} ${request.failure()?.errorText}`));
+  page.on("console", (message) => { if (message.type() === "error") errors.push(message.text()); });
+
+  await page.goto(url, { waitUntil: "load" });
+  await page.waitForSelector(".jp-Notebook .jp-Cell", { timeout: CELL_TIMEOUT_MS });
+  await page.waitForTimeout(3000);
+  await page.locator(".lm-MenuBar-itemLabel", { hasText: /^Run$/ }).click();
+  await page.locator(".lm-Menu-itemLabel", { hasText: /^Run All Cells$/ }).click();
+
+  const button = page.locator("button.biokit-stop");
+  await button.waitFor({ state: "visible", timeout: CELL_TIMEOUT_MS });
+  const label = page.locator(".widget-hbox", { has: button }).locator(".widget-label");
+  const step = async () => Number(/step (\d+)/.exec(await label.textContent())?.[1] ?? 0);
+  const waitUntil = async (condition, timeoutMs, what) => {
+    for (const end = Date.now() + timeoutMs; !(await condition()); await page.waitForTimeout(200)) {
+      if (Date.now() > end) throw new Error(`${what} did not come; the panel says: ${await label.textContent()}`);
+    }
+  };
+  const panelText = () => label.textContent();
+  await waitUntil(async () => (await step()) >= Number(firstStep), CELL_TIMEOUT_MS, `step ${firstStep}`);
+  const before = await panelText();
+  await page.screenshot({ path: `${screenshotStem}_running.png` });
+
+  const clicked = Date.now();
+  await button.click();
+  await waitUntil(async () => /^stopped/.test(await panelText()), STOP_TIMEOUT_MS, "the word stopped");
+  const seconds = (Date.now() - clicked) / 1000;
+  await page.waitForTimeout(1500);
+  await page.screenshot({ path: `${screenshotStem}_stopped.png` });
+  const images = await page.locator("img.widget-image, .widget-image img, img.jupyter-widgets").count();
+  console.log(JSON.stringify({
+    before, after: await panelText(), button: await button.textContent(), disabled: await button.isDisabled(), seconds,
+    images, failed, foreign, errors,
+  }));
+} catch (error) {
+  const page = context.pages().at(-1);
+  await page?.screenshot({ path: `${screenshotStem}_error.png` }).catch(() => {});
+  console.log(JSON.stringify({ error: String(error), failed, foreign, errors }));
+  process.exitCode = 1;
+} finally {
+  await context.close();
+}

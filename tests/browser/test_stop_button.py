@@ -1,0 +1,115 @@
+"""The stop button, clicked by a real browser: JupyterLab on the loopback, headless Chromium, a training that ends.
+
+Needs node, chromium and the npm package playwright-core (a folder with it: environment variable PLAYWRIGHT_DIR).
+BIOKIT_STOP_NOTEBOOK names another notebook to click through; its run folder is then BIOKIT_STOP_RUN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from biokit.runs import RunFolder
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+START_TIMEOUT_S = 120.0
+CELLS = (
+    """from biokit.config import load_config
+from biokit.launch.background import start_training
+from biokit.view.live import LivePanel
+config = load_config("molbart_mini", [
+    "run_dir=run", "data.limit_rows=300", "train.train_iters=100000", "train.num_threads=1",
+    "train.micro_batch_size=4", "train.global_batch_size=4", "train.tensorboard=false",
+])""",
+    "run = start_training(config)\npanel = LivePanel(run)\npanel",
+)
+
+
+def _missing() -> str:
+    """What this machine lacks for the test; empty where nothing."""
+    playwright = Path(os.environ.get("PLAYWRIGHT_DIR", HERE)) / "node_modules" / "playwright-core"
+    needs = {
+        "node": shutil.which("node"),
+        "chromium": shutil.which("chromium"),
+        "playwright-core (PLAYWRIGHT_DIR)": playwright.is_dir(),
+    }
+    return ", ".join(name for name, found in needs.items() if not found)
+
+
+@contextlib.contextmanager
+def _jupyterlab(root: Path) -> Iterator[str]:
+    """JupyterLab on a free loopback port with folders of its own; its address. The whole session ends with it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folders = {f"JUPYTER_{name}_DIR": str(root / f".{name.lower()}") for name in ("CONFIG", "DATA", "RUNTIME")}
+    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--ip=127.0.0.1", f"--port={port}"]
+    command += ["--IdentityProvider.token=", f"--ServerApp.root_dir={root}", "--allow-root"]
+    command += ["--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    environment = {**os.environ, **folders, "PYTHONPATH": str(REPOSITORY), "JUPYTERLAB_SETTINGS_DIR": str(root / ".lab")}
+    with (root / "jupyter.log").open("wb") as log:
+        server = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=root, start_new_session=True
+        )
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/api/status", server, root / "jupyter.log")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.send_signal(signal.SIGTERM)  # it shuts its kernels down, whose training ends with them
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def _wait_for(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except OSError:
+            assert server.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+            time.sleep(0.5)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(bool(_missing()), reason=f"no browser test: missing {_missing()}")
+def test_the_stop_button_stops_the_training(tmp_path: Path) -> None:
+    given = os.environ.get("BIOKIT_STOP_NOTEBOOK")
+    if given:
+        shutil.copy(given, tmp_path / "live.ipynb")
+    else:
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in CELLS])
+        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(notebook, tmp_path / "live.ipynb")
+    run = RunFolder(tmp_path / os.environ.get("BIOKIT_STOP_RUN", "run"))
+    pictures = Path(os.environ.get("BIOKIT_SCREENSHOTS", tmp_path))
+    pictures.mkdir(parents=True, exist_ok=True)
+    with _jupyterlab(tmp_path) as address:
+        command = ["node", str(HERE / "stop_button.mjs"), f"{address}/lab/tree/live.ipynb?reset"]
+        command += [str(pictures / "stop_button"), str(shutil.which("chromium")), str(tmp_path / "profile")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        seen = json.loads(done.stdout or "{}")
+        assert done.returncode == 0, f"{seen}\n{done.stderr[-2000:]}"
+        manifest = run.read_manifest()
+    assert manifest["status"] == "stopped" and 0 < manifest["step"] < manifest["train_iters"]
+    assert seen["before"].startswith("running") and seen["after"].startswith("stopped")
+    assert seen["button"].strip() == "Run stopped" and seen["disabled"] and seen["images"] >= 1
+    assert seen["failed"] == [] and seen["foreign"] == []
+    assert all((pictures / f"stop_button_{state}.png").stat().st_size > 10_000 for state in ("running", "stopped"))

@@ -1,0 +1,125 @@
+"""Checkpoints: whole or not there; every altered byte is found; nothing of a pickle."""
+
+import json
+import random
+import resource
+import signal
+
+import pytest
+import torch
+
+from biokit.checkpoint import (
+    check_tensors,
+    load_checkpoint,
+    newest_checkpoint,
+    read_manifest,
+    remove_partial,
+    save_checkpoint,
+)
+from biokit.errors import CheckpointError
+from biokit.runs import RunFolder
+
+MODEL = {"a.weight": torch.arange(12.0).view(3, 4), "b": torch.ones(5, dtype=torch.bfloat16)}
+OPTIMIZER = {"exp_avg.a.weight": torch.zeros(3, 4), "step.a.weight": torch.tensor(3.0)}
+ABOUT = {"config": {"seed": 1}, "vocab_hash": "x"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    return folder
+
+
+def save(folder, step=3):
+    return save_checkpoint(folder, step, MODEL, OPTIMIZER, {"step": step}, ABOUT, "<PAD>\n")
+
+
+def test_round_trip_is_bitwise(folder):
+    saved = load_checkpoint(save(folder))
+    for found, expected in ((saved.model, MODEL), (saved.optimizer, OPTIMIZER)):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[k], expected[k]) and found[k].dtype == expected[k].dtype for k in expected)
+    assert saved.state == {"step": 3}
+    assert saved.manifest["config"] == {"seed": 1}
+
+
+def test_no_file_is_a_pickle(folder):
+    for path in save(folder).iterdir():
+        assert path.suffix in (".safetensors", ".json", ".txt")
+
+
+def test_newest(folder):
+    assert newest_checkpoint(folder) is None
+    save(folder, 20), save(folder, 3)
+    (folder.checkpoints / ".partial-step_00000099-1").mkdir()
+    assert newest_checkpoint(folder).name == "step_00000020"
+    remove_partial(folder)
+    assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["step_00000003", "step_00000020"]
+
+
+def test_every_flipped_bit_is_found(folder):
+    path = save(folder)
+    rng = random.Random(0)
+    files = [p for p in path.iterdir() if p.name != "manifest.json"]
+    for _ in range(100):
+        target = rng.choice(files)
+        good = target.read_bytes()
+        bad = bytearray(good)
+        bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+        target.write_bytes(bad)
+        with pytest.raises(CheckpointError, match=target.name):
+            load_checkpoint(path)
+        target.write_bytes(good)
+    load_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "vocab.txt"])
+def test_missing_file_is_named(folder, name):
+    path = save(folder)
+    (path / name).unlink()
+    with pytest.raises(CheckpointError, match=name):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", json.dumps({"format": "other"})])
+def test_bad_manifest(folder, text):
+    path = save(folder)
+    (path / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError):
+        read_manifest(path)
+
+
+def test_disk_full_keeps_the_earlier_checkpoint(folder):
+    save(folder, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
+    try:
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            save(folder, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, old)
+    assert [p.name for p in folder.checkpoints.iterdir()] == ["step_00000001"]
+    load_checkpoint(newest_checkpoint(folder))
+
+
+def test_a_finished_checkpoint_is_never_written_again(folder):
+    path = save(folder)
+    before = (path / "manifest.json").stat().st_mtime_ns
+    assert save(folder) == path
+    assert (path / "manifest.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({"b": MODEL["b"]}, "missing a.weight"),
+        ({**MODEL, "c": torch.ones(1)}, "extra c"),
+        ({**MODEL, "b": torch.ones(6)}, r"b is \(6,\) instead of \(5,\)"),
+    ],
+)
+def test_unfitting_tensors_are_named(tmp_path, found, words):
+    with pytest.raises(CheckpointError, match=words):
+        check_tensors(tmp_path, found, MODEL)
