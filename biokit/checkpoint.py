@@ -25,7 +25,7 @@ from torch import nn
 
 from biokit.config import config_from_dict
 from biokit.errors import CheckpointError
-from biokit.models import find_model
+from biokit.models import build_model
 from biokit.runs import RunFolder
 from biokit.tokenizers import SmilesTokenizer
 
@@ -141,7 +141,7 @@ def load_model(path: Path) -> tuple[nn.Module, SmilesTokenizer]:
     saved = load_checkpoint(path)
     config = config_from_dict(saved.manifest["config"], where=str(path / MANIFEST))
     tokenizer = SmilesTokenizer.from_file(path / VOCABULARY)
-    model = find_model(config.model.name).build(config.model, tokenizer.vocab_size, config.data.max_length, config.seed)
+    model = build_model(config, tokenizer.vocab_size)
     check_tensors(path, saved.model, dict(model.named_parameters()))
     model.load_state_dict(saved.model)
     return model.eval(), tokenizer

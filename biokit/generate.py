@@ -6,7 +6,7 @@ Shapes: B batch, S source length, T target length, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +16,7 @@ from biokit.errors import ConfigError, DataError
 from biokit.models.molbart import DecodingState, MolBART
 
 if TYPE_CHECKING:
+    from biokit.data.molecules import MoleculeLoader
     from biokit.tokenizers import SmilesTokenizer
 
 SAMPLING_ALGS = ("greedy", "sample")
@@ -101,6 +102,40 @@ def sample_molecules(
             state.select(going_B)
         next_B1 = chosen_B[:, None]
     return tokenizer.decode_batch(tokens_BT.cpu().numpy()), scores_B.tolist()
+
+
+def sample_like(
+    model: MolBART,
+    tokenizer: SmilesTokenizer,
+    loader: MoleculeLoader,
+    num_samples: int,
+    *,
+    sampling_alg: str = "sample",
+    top_k: int = 0,
+    top_p: float = 1.0,
+    temperature: float = 1.0,
+    seed: int = 1234,
+) -> list[str]:
+    """New SMILES around the loader's molecules: each is masked as in training, and the decoder fills it in.
+
+    Molecules are taken in the order of the loader's epochs, again with other masks where there are too few.
+
+    Raises:
+        DataError: the loader's part holds no molecule.
+    """
+    if not len(loader):
+        raise DataError(f"sample like {loader.store.prefix}", "it holds no molecule", "Check the split")
+    samples: list[str] = []
+    for epoch in count():
+        for batch in loader.epoch(epoch):
+            src_BS = torch.from_numpy(batch["encoder_ids"][: num_samples - len(samples)])
+            samples += sample_molecules(
+                model, tokenizer, src_BS, sampling_alg, top_k=top_k, top_p=top_p, temperature=temperature,
+                max_length=loader.data.max_length, seed=seed + len(samples),
+            )[0]  # fmt: skip
+            if len(samples) >= num_samples:
+                return samples
+    raise AssertionError("epochs do not end")
 
 
 def filter_logits(logits_BV: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:

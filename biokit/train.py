@@ -31,10 +31,11 @@ from biokit.checkpoint import (
     save_checkpoint,
 )
 from biokit.config import RunConfig, config_hash, config_to_dict, config_to_yaml
+from biokit.data.batching import micro_slices
 from biokit.data.molecules import MoleculeLoader, open_part
 from biokit.errors import BiokitError, CheckpointError, ConfigError, EngineError, RunError
 from biokit.generate import sample_molecules
-from biokit.models import find_model
+from biokit.models import build_model, find_model
 from biokit.models.molbart import MolBART
 from biokit.parallel.strategy import TokenSums, find_strategy
 from biokit.reporting import open_tensorboard, progress_bar, write_tensorboard
@@ -105,9 +106,8 @@ class Trainer:
         self.tokenizer = SmilesTokenizer.from_file(store_dir / "vocab.txt")
         self.train_loader = self._loader(store_dir, "train")
         self.val_loader = self._loader(store_dir, "val")
-        spec = find_model(config.model.name)
-        self.hidden_size: int = spec.resolve(config.model)["hidden_size"]
-        model = spec.build(config.model, self.tokenizer.vocab_size, config.data.max_length, config.seed)
+        self.hidden_size: int = find_model(config.model.name).resolve(config.model)["hidden_size"]
+        model = build_model(config, self.tokenizer.vocab_size)
         self.strategy = find_strategy(config.strategy)(model, config.train, self.tokenizer.pad_id, self.device)
         self.progress = Progress()
         self.about = {
@@ -328,8 +328,8 @@ def choose_device(asked: str) -> torch.device:
 
 def micro_batches(batch: Mapping[str, np.ndarray], size: int, pad_id: int) -> Iterator[dict[str, torch.Tensor]]:
     """Cut a global batch into micro-batches of `size` rows, each without columns that are padding only."""
-    for start in range(0, len(batch["labels"]), size):
-        yield as_tensors({key: trim(batch[key][start : start + size], pad_id) for key in BATCH_KEYS})
+    for rows in micro_slices(len(batch["labels"]), size):
+        yield as_tensors({key: trim(batch[key][rows], pad_id) for key in BATCH_KEYS})
 
 
 BATCH_KEYS = ("encoder_ids", "decoder_ids", "labels")

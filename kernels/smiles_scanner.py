@@ -167,8 +167,9 @@ def _build_tables(vocabulary: Sequence[str], extra_ids: Sequence[int], unknown_i
     kind[128:] = 1
     kind[list(b"[%\n")] = 1
     kind[ord("B"), ord("r")] = kind[ord("C"), ord("l")] = 1
-    for text in (vocabulary[index].encode("utf-8", "surrogatepass") for index in extra_ids):
-        kind[text[0], text[1] if len(text) > 1 else slice(None)] = 2
+    for index in extra_ids:
+        first, *others = vocabulary[index].encode("utf-8", "surrogatepass")
+        kind[first, others[0] if others else slice(None)] = 2
     narrow = [np.array(column, dtype=np.int32) for column in (child, sibling, byte, token, extra)]
     return kind.ravel(), single, root, *narrow
 
@@ -192,8 +193,9 @@ def _scan_bytes(  # numba compiles it: one function, plain loops
     """Write the ids of every string `data[starts[i]:ends[i]]` and where each ends; return how many there are.
 
     By a byte and the next: `kind` 0 is a token by itself, whose id is `single`; 1 needs the rules of the regular
-    expression; 2 may begin a non-chemical token too. The trie: `root` by first byte, then `child` and `sibling`, each node with its
-    `byte`, the `token` id that ends there (or unknown) and the precedence of the `extra` token that ends there (or -1).
+    expression; 2 may begin a non-chemical token too. The trie: `root` by first byte, then `child` and `sibling`, each
+    node with its `byte`, the `token` id that ends there (or unknown) and the precedence of the `extra` token that
+    ends there (or -1).
     """
     count = 0
     for row in range(len(starts)):

@@ -57,6 +57,15 @@ def test_plans_are_pure_and_differ_by_seed_and_epoch():
     assert flat(1, 0) == flat(1, 0)
     assert flat(1, 0) != flat(1, 1) and flat(1, 0) != flat(2, 0)
 
+    def groups(seed, epoch, buckets):
+        plan = plan_epoch(lengths, seed, epoch, batch_size=32, length_buckets=buckets)
+        return {tuple(sorted(batch.tolist())) for batch in plan}
+
+    for buckets in (True, False):  # other company, not only another order of the same batches
+        assert groups(1, 0, buckets) == groups(1, 0, buckets)
+        assert not groups(1, 0, buckets) & groups(1, 1, buckets)
+        assert not groups(1, 0, buckets) & groups(2, 0, buckets)
+
 
 def test_batches_come_in_random_order_and_anyone_may_be_in_the_small_one():
     lengths = np.arange(1, 102)

@@ -137,8 +137,8 @@ def test_the_first_bad_row_is_raised(num_workers: int) -> None:
     with pytest.raises(DataError) as caught:
         run(clean(rows, DataConfig(on_bad="raise"), TOKENIZER, num_workers=num_workers))
     assert str(caught.value) == (
-        'm.csv row 4: SMILES "C1CC(": cannot be parsed (syntax error at position 5). '
-        'Correct the row, or pass on_bad="drop".'
+        'm.csv row 4: SMILES "C1CC(" cannot be parsed (syntax error at position 5). '
+        'Fix the row, or pass on_bad="drop".'
     )
 
 

@@ -124,6 +124,13 @@ def test_resume_from_every_state_is_identical(many):
             assert position == there and same(batch, again)
 
 
+def test_running_on_is_epoch_after_epoch(many):
+    made = loader(many)
+    expected = [batch for epoch in range(3) for batch in made.epoch(epoch)]
+    run = [batch for batch, _ in islice(loader(many).batches(), len(expected))]
+    assert all(same(*pair) for pair in zip(run, expected, strict=True))
+
+
 def test_the_end_of_an_epoch_may_be_written_either_way(many):
     first, _ = next(loader(many).batches({"epoch": 0, "batch": 13}))
     other, _ = next(loader(many).batches({"epoch": 1, "batch": 0}))

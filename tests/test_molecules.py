@@ -148,3 +148,11 @@ def test_any_text_is_cleaned_or_refused(text: str) -> None:
         assert error.found
     else:
         assert canonicalize(cleaned.smiles)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31 - 2, 2**31 - 1, 2 * (2**31 - 1), 2**62])
+def test_random_smiles_depend_on_the_seed_alone(seed):
+    molecule = mol_to_bytes("CC(C)Cc1ccc(cc1)C(C)C(=O)O")
+    first = random_smiles(molecule, 3, seed)
+    random_smiles(molecule, 5, 77)
+    assert random_smiles(molecule, 3, seed) == first

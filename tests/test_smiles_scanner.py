@@ -211,6 +211,15 @@ def test_other_vocabularies(data: st.DataObject) -> None:
     assert as_lists(*scanner.scan_reference(strings)) == expected
 
 
+def test_without_property_tokens() -> None:
+    """Property tokens share first letters with Cl and Br, and must not be what makes these work."""
+    scanner = SmilesScanner([*SPECIAL, *CHEMISTRY], [], 1)
+    ids = {token: index for index, token in enumerate([*SPECIAL, *CHEMISTRY])}
+    expected = [[ids.get(token, 1) for token in re.findall(PUBLISHED, text)] for text in UGLY]
+    assert as_lists(*scanner.scan_fast(UGLY)) == expected
+    assert as_lists(*scanner.scan_reference(UGLY)) == expected
+
+
 def test_the_largest_vocabulary() -> None:
     vocabulary = [*SPECIAL, *(f"[{number}C]" for number in range(65_535 - len(SPECIAL)))]
     scanner = SmilesScanner(vocabulary, [], 1)

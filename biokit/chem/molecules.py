@@ -76,9 +76,7 @@ def parse_smiles(smiles: str) -> Mol:
         if mol is not None:
             return mol
         reason = reason or _parser_reason(log.messages)
-    raise DataError(
-        f'SMILES "{_shown(smiles)}"', f"cannot be parsed ({reason})", "Correct it, or leave it out"
-    )
+    raise DataError(f'SMILES "{_shown(smiles)}"', f"cannot be parsed ({reason})", "Correct it, or leave it out")
 
 
 def parse_mol_block(block: str) -> Mol:
@@ -114,7 +112,7 @@ def mol_to_bytes(smiles: str | Mol) -> bytes:
 def random_smiles(mol_bytes: bytes, count: int, seed: int) -> list[str]:
     """`count` random SMILES of a molecule: a pure function of its arguments, whatever was drawn before.
 
-    `seed` is reduced to the 31 bits that RDKit takes.
+    `seed` is reduced to 1 .. 2^31 - 2: RDKit takes 0 as "go on with the stream of the process".
 
     Raises:
         DataError: bytes that are no RDKit molecule.
@@ -126,7 +124,7 @@ def random_smiles(mol_bytes: bytes, count: int, seed: int) -> list[str]:
     except RuntimeError as error:
         found = f"the bytes are not a molecule ({_first_line(str(error))})"
         raise DataError("random SMILES of a stored molecule", found, "Build the token store again") from error
-    return list(Chem.MolToRandomSmilesVect(mol, count, randomSeed=seed % (2**31 - 1)))
+    return list(Chem.MolToRandomSmilesVect(mol, count, randomSeed=1 + seed % (2**31 - 2)))
 
 
 def scaffold(smiles: str | Mol) -> str:

@@ -275,13 +275,15 @@ class Cleaning:
 
     def _reject(self, row: Row, reason: str, detail: str) -> None:
         if self._config.on_bad == "raise" and reason not in _HARMLESS:
-            why = f"{reason} ({detail})" if detail else reason
-            if reason == UNPARSABLE:
-                why = detail
+            why = (
+                detail
+                if reason == UNPARSABLE
+                else f"is rejected: {reason}" + (f" ({detail})" if detail else "")
+            )
             form = "molecule" if row.is_mol_block else "SMILES"
             shown = row.name if row.is_mol_block else row.text[:80]
-            do = 'Correct the row, or pass on_bad="drop"'
-            raise DataError(f"{row.file} row {row.row}", f'{form} "{shown}": {why}', do)
+            do = 'Fix the row, or pass on_bad="drop"'
+            raise DataError(f"{row.file} row {row.row}", f'{form} "{shown}" {why}', do)
         self.report.rejects[reason] += 1
         if self._rejects_csv is not None:
             self._rejects_csv.writerow((row.file, row.row, row.text, reason, detail))

@@ -1,0 +1,1 @@
+"""Fault drills at full count, for people: `make drills TRIALS=n`."""
