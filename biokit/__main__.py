@@ -71,8 +71,9 @@ def _run_preprocess(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides)
     out = Path(config.data.store_dir or Path(config.run_dir) / "data")
-    print(preprocess(config.data, out, config.seed))
-    print(f"token stores: {out}")
+    report = preprocess(config.data, out, config.seed)
+    print(report)
+    print(f"token stores: {report.folder}")
     return 0
 
 

@@ -19,6 +19,8 @@ def prepare(setup: dict[str, Any]) -> Any:
                 os.kill(os.getpid(), signal.SIGSEGV)
             while row == "hang":
                 pass
+            if row == "interrupt":
+                os.kill(os.getpid(), signal.SIGINT)
             if row == "print":
                 os.write(1, b"noise" * 100)
             results.append([row * 2])

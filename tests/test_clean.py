@@ -163,7 +163,7 @@ def dying(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_dead_or_hung_worker_costs_its_row(dying: str) -> None:
-    chunks = [[1, 2], ["die", 3, "hang", "print"], [4], [], ["die"], [5]]
+    chunks = [[1, 2], ["die", 3, "hang", "print"], [4], [], ["die"], ["interrupt"]]
     with GuardedPool(dying, {}, 2, failed=lambda reason: [reason]) as pool:
         answers = [(results, blob) for _, results, blob in pool.map(chunks)]
     assert answers == [
@@ -172,7 +172,7 @@ def test_a_dead_or_hung_worker_costs_its_row(dying: str) -> None:
         ([[8]], b"x"),
         ([], b""),
         ([[ENDED]], b""),
-        ([[10]], b"x"),
+        ([["interrupt" * 2]], b"x"),
     ]
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 
@@ -24,6 +25,15 @@ def test_invalid_rows_are_as_recorded() -> None:
         except DataError:
             invalid += 1
     assert invalid == DATASETS["nci_first_5k"].invalid_rows == 8
+
+
+def test_a_changed_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = dataclasses.replace(
+        DATASETS["chembl2321810"], companions=((DATASETS["wehi_mols"].path, "0" * 64),)
+    )
+    monkeypatch.setitem(DATASETS, "chembl2321810", other)
+    with pytest.raises(DataError, match=r"wehi_mols\.csv has sha256 ef14f29a"):
+        verify("chembl2321810")
 
 
 def test_companions() -> None:

@@ -156,3 +156,16 @@ def test_random_smiles_depend_on_the_seed_alone(seed):
     first = random_smiles(molecule, 3, seed)
     random_smiles(molecule, 5, 77)
     assert random_smiles(molecule, 3, seed) == first
+
+
+STEREO = ["C[C@H](N)C(=O)O", "F/C=C/Cl", "O[C@H]1CC[C@@H](CC1)c1ccccc1", "C[C@@H]1CC2CCC1C2"]
+
+
+@pytest.mark.parametrize("smiles", STEREO)
+def test_random_smiles_are_those_that_rdkit_writes_of_the_stored_molecule(smiles: str) -> None:
+    from rdkit import Chem
+
+    molecule = mol_to_bytes(smiles)
+    expected = list(Chem.MolToRandomSmilesVect(Chem.Mol(molecule), 20, randomSeed=5 + 1))
+    assert random_smiles(molecule, 20, 5) == expected
+    assert {canonicalize(text) for text in expected} == {canonicalize(smiles)}

@@ -1,11 +1,11 @@
-"""Views: every one is PNG and words, whatever the input; curves tell the truth; the live panel stops its run."""
+"""Curves tell the truth in PNG and words; a run is followed to its end; the live panel stops it."""
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,32 +14,16 @@ from typing import Any
 
 import nbformat
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from nbclient import NotebookClient
 
-from biokit.errors import DataError, RunError
+from biokit.errors import RunError
 from biokit.runs import MetricsWriter, RunFolder
 from biokit.view import live
-from biokit.view.canvas import printable
 from biokit.view.live import LivePanel
-from biokit.view.molecules import TokenRow, find_hidden, show_molecules, show_random_smiles, show_tokens
-from biokit.view.picture import PNG_SIGNATURE, Picture
+from biokit.view.picture import PNG_SIGNATURE
 from biokit.view.training import describe_training, draw_training, follow, read_state, show_training
 
 REPOSITORY = Path(__file__).parents[1]
-ASPIRIN = "CC(=O)Oc1ccccc1C(=O)O"
-UGLY = [
-    "",
-    " ",
-    "C1CC(",
-    "C" * 5000 + "(",
-    "c1cc$x$µ漢\x00\n\t",
-    "\ud800",
-    "🙂" * 50,
-    "C" * 30_000,
-    "N[C@@H](C)C(=O)" * 500 + "O",
-]
 
 
 class FakeRun:
@@ -84,120 +68,6 @@ def _wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < end, "the awaited state did not come"
         time.sleep(0.02)
-
-
-# pictures
-
-
-def test_a_picture_is_a_bundle_of_png_and_words(tmp_path: Path) -> None:
-    picture = show_molecules(["CCO"], title="Ethanol")
-    bundle = picture._repr_mimebundle_()
-    assert base64.b64decode(bundle["image/png"]) == picture.png and picture.png.startswith(PNG_SIGNATURE)
-    assert bundle["text/plain"] == repr(picture) == picture.alt == "Ethanol: 1 molecule drawn\n1. CCO"
-    assert picture.save(tmp_path / "new" / "a.png").read_bytes() == picture.png
-    with pytest.raises(RunError, match=r'the ending is "\.svg"'):
-        picture.save(tmp_path / "a.svg")
-    with pytest.raises(RunError, match="are not a PNG"):
-        Picture(b"GIF89a", "no")
-
-
-def test_the_same_input_gives_the_same_bytes() -> None:
-    assert show_molecules(["CCO", "C("]).png == show_molecules(["CCO", "C("]).png
-
-
-def test_a_grid_shows_invalid_strings_as_text_and_says_so() -> None:
-    picture = show_molecules(["CCO", "C1CC(", ""], ["good", "bad", "empty"])
-    assert "3 molecules drawn, 2 of them as text because not valid" in picture.alt
-    assert "2. C1CC( (bad) [not valid]" in picture.alt and "3. (empty) (empty) [not valid]" in picture.alt
-
-
-@pytest.mark.parametrize("text", UGLY)
-def test_no_string_breaks_a_grid(text: str) -> None:
-    picture = show_molecules([text, ASPIRIN], title=text)
-    assert picture.png.startswith(PNG_SIGNATURE)
-    assert max(map(len, picture.alt.splitlines()), default=0) < 40_000
-    assert show_molecules(["CCO"], [text]).png.startswith(PNG_SIGNATURE)
-
-
-def test_no_molecules_is_a_picture_too() -> None:
-    assert show_molecules([]).alt == "0 molecules drawn"
-    assert show_random_smiles([]).png.startswith(PNG_SIGNATURE)
-    assert show_tokens("", []).png.startswith(PNG_SIGNATURE)
-
-
-def test_what_is_not_drawn_is_counted() -> None:
-    small, large = show_molecules(["C"] * 8, max_molecules=8), show_molecules(["C"] * 30, max_molecules=8)
-    assert "8 molecules drawn, 22 more not drawn" in large.alt
-    assert large.size[1] > small.size[1]  # the line that says so
-
-
-def test_large_molecules_get_larger_tiles() -> None:
-    peptide = "N[C@@H](C)C(=O)" * 30 + "O"
-    assert show_molecules([peptide, "CCO"]).size[1] > show_molecules(["CCO", "CCO"]).size[1] + 150
-    assert show_molecules([ASPIRIN] * 8).size[0] <= 1000
-
-
-def test_wrong_counts_are_refused() -> None:
-    with pytest.raises(DataError, match="2 molecules but 1 legends"):
-        show_molecules(["C", "C"], ["one"])
-    with pytest.raises(DataError, match="columns=0"):
-        show_molecules(["C"], columns=0)
-    with pytest.raises(DataError, match="3 tokens but 1 marks"):
-        TokenRow("row", ["C", "C", "O"], [True])
-
-
-def test_token_rows_in_words() -> None:
-    tokens = ["^", *ASPIRIN, "&"]
-    masked = [*tokens[:3], "<MASK>", *tokens[6:]]
-    hidden = find_hidden(tokens, masked)
-    picture = show_tokens(ASPIRIN, [TokenRow("Original", tokens, hidden), TokenRow("Masked", masked)])
-    assert "Original: ^ C C [(] [=] [O] ) O" in picture.alt and "Masked: ^ C C <MASK> ) O" in picture.alt
-
-
-def test_hidden_tokens_are_found() -> None:
-    assert find_hidden(list("CCO"), ["C", "<MASK>"]) == [False, True, True]
-    assert find_hidden(list("CCO"), ["<MASK>", "<MASK>", "O"]) == [True, True, False]
-    assert find_hidden(list("CCO"), list("CCO")) == [False] * 3
-    assert find_hidden(list("CCO"), ["C", "<MASK>", "<MASK>", "<MASK>", "O"]) == [False, True, False]
-    with pytest.raises(DataError, match="does not come from"):
-        find_hidden(list("CCO"), ["N", "<MASK>"])
-    with pytest.raises(DataError, match="does not come from"):
-        find_hidden(list("CCO"), list("CC"))
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_hidden_tokens_explain_any_masking(data: st.DataObject) -> None:
-    tokens = data.draw(st.lists(st.sampled_from(["C", "c", "(", "[nH]", "1"]), min_size=1, max_size=25))
-    masked: list[str] = []
-    position = 0
-    while position < len(tokens):
-        if data.draw(st.booleans()):
-            masked += ["<MASK>"] * data.draw(st.integers(1, 3))
-            position += data.draw(st.integers(1, 4))
-        else:
-            masked.append(tokens[position])
-            position += 1
-    hidden = find_hidden(tokens, masked)
-    kept = [token for token, mark in zip(tokens, hidden, strict=True) if not mark]
-    assert kept == [token for token in masked if token != "<MASK>"]
-
-
-def test_random_smiles_of_one_molecule() -> None:
-    picture = show_random_smiles([ASPIRIN, "c1(OC(=O)C)c(C(O)=O)cccc1"])
-    assert picture.alt.endswith("2. c1(OC(=O)C)c(C(O)=O)cccc1")
-    with pytest.raises(DataError, match='random SMILES 2 of 2: "C1CC" is not a molecule'):
-        show_random_smiles([ASPIRIN, "C1CC"])
-    with pytest.raises(DataError, match="is not the first molecule"):
-        show_random_smiles([ASPIRIN, "CCO"])
-
-
-def test_signs_without_a_glyph_are_written_as_codes() -> None:
-    assert printable("C=O µ –") == "C=O µ –"
-    assert printable("a\n\x00漢\ud800") == "a\\n\\x00\\u6f22\\ud800"
-
-
-# curves
 
 
 def test_the_curve_in_words(folder: RunFolder) -> None:
@@ -257,8 +127,6 @@ def test_no_run_folder_is_an_error(tmp_path: Path) -> None:
 
 
 def test_no_global_matplotlib_state(folder: RunFolder) -> None:
-    import sys
-
     code = (
         "import sys; from biokit.view.training import show_training, read_state; from biokit.view import live;"
         "assert 'matplotlib' not in sys.modules and 'ipywidgets' not in sys.modules;"
@@ -392,7 +260,7 @@ def test_the_panel_is_widget_png_and_words(folder: RunFolder) -> None:
 
 @pytest.mark.usefixtures("fast")
 def test_the_panel_without_widgets_is_png_and_words(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "ipywidgets", None)
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
     folder.write_manifest({"status": "finished", "step": 60})
     panel = LivePanel(folder)
     panel.wait(30)
@@ -413,6 +281,14 @@ def test_a_torn_metrics_file_does_not_end_the_panel(folder: RunFolder) -> None:
     folder.write_manifest({"status": "finished", "step": 62})
     run.code = 0
     assert panel.wait(30)
+
+
+def test_python_can_end_while_a_panel_draws(folder: RunFolder) -> None:
+    code = (  # what is registered first runs last
+        "import atexit, os; atexit.register(lambda: os._exit(3 if panel._thread.is_alive() else 0));"
+        f"from biokit.view.live import LivePanel; panel = LivePanel({str(folder.path)!r})"
+    )
+    assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", code]) == 0
 
 
 def test_an_executed_notebook_keeps_the_last_picture(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

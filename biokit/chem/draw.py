@@ -68,7 +68,7 @@ def draw_molecule(
     options.updateAtomPalette(ATOM_COLOURS)
     options.padding = 0.06
     options.fixedBondLength = 32.0  # pixels at most: small molecules are not blown up
-    options.minFontSize = 6
+    options.minFontSize = 10
     options.bondLineWidth = 1.6
     options.annotationFontScale = 0.7
     options.highlightRadius = 0.34

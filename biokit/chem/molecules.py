@@ -32,13 +32,9 @@ CHANGES = (
 )
 """What cleaning may do to a molecule, or see and keep; a `CleanedMolecule` names those that apply."""
 
-_PARSER: Any = Chem.SmilesParserParams()
-_PARSER.parseName = False  # else "CC O" is read as the molecule CC named O
-_PARSER.allowCXSMILES = False
-
 _BRACKET_ATOM = re.compile(r"\[(\d*)([^\]:+-]*)([+-]*)(\d*)(:\d+)?\]")  # isotope, symbol, signs, charge, map
 _CHIRAL_MARK = re.compile(r"@+")
-_NOT_SMILES = re.compile(r"[^!-~]")  # anything but printable ASCII without the space
+_NOT_SMILES = re.compile(r"[^!-~]")  # no space either: RDKit would read "CC O" as the molecule CC named O
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +66,15 @@ def parse_smiles(smiles: str) -> Mol:
     if not reason:
         with rdBase.BlockLogs(), rdBase.CaptureErrorLog() as log:
             try:
-                mol = Chem.MolFromSmiles(smiles, _PARSER)
+                mol = Chem.MolFromSmiles(smiles)
             except (RuntimeError, ValueError, MemoryError) as error:
                 mol, reason = None, _first_line(str(error))
         if mol is not None:
             return mol
         reason = reason or _parser_reason(log.messages)
-    raise DataError(f'SMILES "{_shown(smiles)}"', f"cannot be parsed ({reason})", "Correct it, or leave it out")
+    raise DataError(
+        f'SMILES "{_shown(smiles)}"', f"cannot be parsed ({reason})", "Correct it, or leave it out"
+    )
 
 
 def parse_mol_block(block: str) -> Mol:
@@ -124,6 +122,8 @@ def random_smiles(mol_bytes: bytes, count: int, seed: int) -> list[str]:
     except RuntimeError as error:
         found = f"the bytes are not a molecule ({_first_line(str(error))})"
         raise DataError("random SMILES of a stored molecule", found, "Build the token store again") from error
+    if count > 1:  # once; else the writer does it anew for each of the strings
+        Chem.AssignStereochemistry(mol, cleanIt=True)
     return list(Chem.MolToRandomSmilesVect(mol, count, randomSeed=1 + seed % (2**31 - 2)))
 
 

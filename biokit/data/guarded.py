@@ -49,7 +49,9 @@ class GuardedPool:
         EngineError: the module cannot start.
     """
 
-    def __init__(self, module: str, setup: dict[str, Any], num_workers: int, failed: Callable[[str], Result]) -> None:
+    def __init__(
+        self, module: str, setup: dict[str, Any], num_workers: int, failed: Callable[[str], Result]
+    ) -> None:
         self._module, self._setup, self._failed = module, setup, failed
         self._num_workers = num_workers
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()

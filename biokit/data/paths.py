@@ -73,9 +73,13 @@ def list_tables(folder: Path) -> list[Path]:
     Raises:
         DataError: there is none.
     """
-    tables = sorted(path for path in folder.iterdir() if path.is_file() and is_table(path) and path.name[0] != ".")
+    tables = sorted(
+        path for path in folder.iterdir() if path.is_file() and is_table(path) and path.name[0] != "."
+    )
     if not tables:
-        raise DataError(f"folder {folder}", "it holds no table", f"Put files there: {' '.join(TABLE_EXTENSIONS)}")
+        raise DataError(
+            f"folder {folder}", "it holds no table", f"Put files there: {' '.join(TABLE_EXTENSIONS)}"
+        )
     return tables
 
 
@@ -98,7 +102,9 @@ def _split_commas(pattern: str) -> list[str]:
 def _expand_ranges(text: str, pattern: str) -> Iterator[str]:
     pieces = re.split(r"\[([^\[\]]*)\]", text)
     if any("[" in piece or "]" in piece for piece in pieces):
-        raise DataError(f'files "{pattern}"', "its brackets do not pair up", "Write x[000..099] or x_OP_000..099_CL_")
+        raise DataError(
+            f'files "{pattern}"', "its brackets do not pair up", "Write x[000..099] or x_OP_000..099_CL_"
+        )
     choices: list[Iterable[str]] = [
         _expand_group(piece, pattern) if index % 2 else [piece] for index, piece in enumerate(pieces)
     ]
@@ -112,7 +118,9 @@ def _expand_group(group: str, pattern: str) -> list[str]:
         match = _RANGE.fullmatch(item)
         if match is None:
             if not item or ".." in item:
-                raise DataError(f'files "{pattern}"', f'"[{group}]" is no range', "Write x[000..099] or x[000,007]")
+                raise DataError(
+                    f'files "{pattern}"', f'"[{group}]" is no range', "Write x[000..099] or x[000,007]"
+                )
             names.append(item)
             continue
         first, last, step = int(match[1]), int(match[2]), int(match[3] or 1)
@@ -132,10 +140,14 @@ def _existing(path: Path) -> list[Path]:
     """The file itself, or the one that has a table's extension besides; nothing where there is none."""
     if path.exists():
         return [path]
-    matches = [match for extension in TABLE_EXTENSIONS if (match := path.with_name(path.name + extension)).is_file()]
+    matches = [
+        match for extension in TABLE_EXTENSIONS if (match := path.with_name(path.name + extension)).is_file()
+    ]
     if len(matches) > 1:
         names = ", ".join(match.name for match in matches)
-        raise DataError(f"file {path}", f"several fit: {names}", "Write the extension of the one that is meant")
+        raise DataError(
+            f"file {path}", f"several fit: {names}", "Write the extension of the one that is meant"
+        )
     return matches
 
 

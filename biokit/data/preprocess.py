@@ -105,7 +105,9 @@ def preprocess(
     if (out / DONE_FILE).is_file() and not overwrite:
         return _reuse(out, data, identity)
     if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"preprocess to {out}", "something else stands there", "Give another folder, or remove it")
+        raise DataError(
+            f"preprocess to {out}", "something else stands there", "Give another folder, or remove it"
+        )
     sources = find_sources(data)
     with publish_folder(out, overwrite) as folder:
         report = _build(folder, sources, data, tokenizer, seed, progress)
@@ -127,7 +129,9 @@ def load_report(folder: str | Path) -> PreprocessReport:
         for name in ("rejects", "changes", "unknown_tokens"):
             getattr(cleaning, name).update(tree[name])
         cleaning.lengths.update({int(length): count for length, count in tree["lengths"].items()})
-        return PreprocessReport(folder, tree["molecules"], tree["split"], tree["tables"], cleaning, reused=True)
+        return PreprocessReport(
+            folder, tree["molecules"], tree["split"], tree["tables"], cleaning, reused=True
+        )
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"report of {folder}", f"it cannot be read ({error})", "Preprocess again") from error
 
@@ -180,7 +184,9 @@ def _build(
             parts = split_at_random(spool.hashes(), fractions, seed)
         counts = dict(zip(PART_NAMES, np.bincount(parts, minlength=3).tolist(), strict=True))
         if not counts["train"]:
-            raise DataError(f"split ({split}) of {data.dataset_path}", "train is empty", "Change data.split_ratio")
+            raise DataError(
+                f"split ({split}) of {data.dataset_path}", "train is empty", "Change data.split_ratio"
+            )
         _write_stores(folder, spool, parts, tokenizer, data)
     return PreprocessReport(folder, counts, split, [str(form) for form in forms], cleaning.report)
 
@@ -201,7 +207,9 @@ def _choose_split(data: DataConfig, sources: list[Source], forms: list[TableForm
     lacking = [form.path.name for form in forms if form.columns.split is None and not form.columns.split_name]
     if data.split == "column" and lacking:
         found = f"{', '.join(lacking[:5])} has no column `set` or `split`"
-        raise DataError("split by column", found, "Name it with data.split_column, or choose another data.split")
+        raise DataError(
+            "split by column", found, "Name it with data.split_column, or choose another data.split"
+        )
     if data.split == "auto":
         return "random" if lacking else "column"
     return data.split
@@ -221,7 +229,9 @@ def _fill(spool: Spool, cleaning: Cleaning) -> list[int]:
     return groups
 
 
-def _write_stores(folder: Path, spool: Spool, parts: Parts, tokenizer: SmilesTokenizer, data: DataConfig) -> None:
+def _write_stores(
+    folder: Path, spool: Spool, parts: Parts, tokenizer: SmilesTokenizer, data: DataConfig
+) -> None:
     with ExitStack() as stack:
         writers, mols = [], []
         for part in PART_NAMES:

@@ -64,7 +64,9 @@ def _lock(partial: Path, asked: str) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise DataError(asked, "another process is writing it", "Wait for it, or give another folder") from None
+            raise DataError(
+                asked, "another process is writing it", "Wait for it, or give another folder"
+            ) from None
         try:
             same = os.fstat(descriptor).st_ino == partial.stat().st_ino
         except FileNotFoundError:

@@ -37,7 +37,7 @@ PAD_ID = 0
 PRESETS: dict[str, dict[str, int]] = {
     name: {"num_layers": layers, "hidden_size": hidden, "num_attention_heads": heads, "ffn_hidden_size": 4 * hidden}
     for name, layers, hidden, heads in (
-        ("mini", 3, 256, 8),
+        ("mini", 3, 128, 4),
         ("xsmall", 2, 256, 4),
         ("megatron", 4, 256, 8),
         ("small", 6, 512, 8),
@@ -252,7 +252,7 @@ MOLBART = ModelSpec(
     tokenizer="smiles",
     presets=PRESETS,
     num_parameters={
-        "mini": 5_798_923,
+        "mini": 1_523_467,
         "xsmall": 3_955_723,
         "megatron": 7_642_123,
         "small": 44_676_619,

@@ -6,6 +6,7 @@ run's STOP file. Without widgets (papermill, nbconvert, a code host's preview) t
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import threading
@@ -34,11 +35,13 @@ class LivePanel:
         self._stop_asked = False
         self._display_id = f"biokit-live-{id(self)}-{next(_numbers)}"
         self._displayed = False
+        self._leaving = threading.Event()
         self.state: RunState = read_state(run)
         self.picture: Picture = show_training(run, scale=scale, title=title)
         self._widget, self._image, self._label, self._button = self._build()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="biokit-live-panel")
         self._thread.start()
+        atexit.register(self._leave)
 
     def stop(self) -> None:
         """What the button does: ask the run to save a checkpoint at the next step boundary and end."""
@@ -75,13 +78,20 @@ class LivePanel:
 
     def _watch(self) -> None:
         """Redraw until the run has ended; a run folder that cannot be read now is read again."""
-        while not self.state.ended:
+        while not self.state.ended and not self._leaving.is_set():
             started = time.monotonic()
             with contextlib.suppress(OSError, ValueError):
                 self.refresh()
             spent = time.monotonic() - started
-            time.sleep(max(REFRESH_S, spent / DRAWING_SHARE - spent))
-        self.refresh()
+            self._leaving.wait(max(REFRESH_S, spent / DRAWING_SHARE - spent))
+        if self.state.ended:
+            self.refresh()
+            atexit.unregister(self._leave)
+
+    def _leave(self) -> None:
+        """Python ends while the run goes on: a thread that still draws then would crash it."""
+        self._leaving.set()
+        self._thread.join()
 
     def _build(self) -> tuple[Any, Any, Any, Any]:
         """The widgets: (box, image, label, button); all None where ipywidgets is not installed."""

@@ -5,7 +5,7 @@ Every function returns a `Picture` (PNG and words), never fails on a string that
 
 from __future__ import annotations
 
-import re
+import itertools
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from typing import Any
 from biokit.errors import DataError
 from biokit.view.canvas import BLUE, FRAME, GREY, INK, ORANGE, PALE, VERMILLION, Canvas
 from biokit.view.picture import Picture
+from biokit.vocabularies import SPECIAL_TOKENS
 
 MAX_ATOMS = 400  # more cannot be told apart in a tile: such a molecule is shown as text
-SPECIAL_TOKENS = frozenset({"^", "&", "?", "<PAD>", "<SEP>", "<MASK>"})
 _LEGEND_LINES = 3
 _MARGIN = 12
 _ALT_ROWS = 24
@@ -118,11 +118,14 @@ def show_tokens(smiles: str, rows: Sequence[TokenRow], *, title: str = "") -> Pi
     width, head, height = 960, 34 if title else _MARGIN, 250
     laid_out = [_lay_out(row.tokens, width - 2 * _MARGIN) for row in rows]
     heights = [28 + (_BOX + 6) * (1 + max((line for _, line, _ in boxes), default=0)) + 8 for boxes in laid_out]
-    canvas = Canvas(width, head + height + sum(heights) + 40)
+    canvas = Canvas(width, head + height + 14 + sum(heights) + 40)
     if title:
         canvas.text(_MARGIN, 19, _shorten(title), size=15, bold=True)
     _draw_tile(canvas, molecule, smiles, _MARGIN, head, width - 2 * _MARGIN, height, highlights)
-    y = head + height
+    if highlights:
+        words = f'orange atoms: hidden in "{_shorten(rows[0].label, 60)}"'
+        canvas.text(width / 2, head + height + 8, words, size=12, align="center", colour=GREY)
+    y = head + height + 14
     for row, boxes, row_height in zip(rows, laid_out, heights, strict=True):
         canvas.text(_MARGIN, y + 14, row.label, size=13, bold=True)
         for i, (x, line, box_width) in enumerate(boxes):
@@ -181,27 +184,36 @@ def show_random_smiles(smiles: Sequence[str], *, title: str = "", columns: int =
 
 
 def find_hidden(tokens: Sequence[str], masked: Sequence[str], mask_token: str = "<MASK>") -> list[bool]:
-    """Which of `tokens` the masks in `masked` stand for: the leftmost reading in which each run of masks hides one
-    token or more and all else is equal. With rows of equal length: where the two differ.
+    """Which of `tokens` the masks in `masked` stand for: of the readings in which each run of masks hides one token or
+    more, the leftmost. Rows of equal length that differ only by masks are read place by place.
 
     Raises:
         DataError: `masked` does not come from `tokens` by masking.
     """
+    tokens, masked = list(tokens), list(masked)
     if len(tokens) == len(masked) and all(m in (t, mask_token) for t, m in zip(tokens, masked, strict=True)):
         return [t != m for t, m in zip(tokens, masked, strict=True)]
-    symbols = {token: chr(0xE000 + i) for i, token in enumerate(dict.fromkeys([*tokens, *masked]))}
-    gap = symbols.get(mask_token, "\uffff")
-    text, pattern = ("".join(symbols[t] for t in row) for row in (tokens, masked))
-    pieces = re.split(f"({gap}+)", pattern)
-    reading = "".join("(.+?)" if piece.startswith(gap) else re.escape(piece) for piece in pieces if piece)
-    match = re.fullmatch(reading, text, flags=re.DOTALL)
-    if match is None:
+    runs: list[list[str]] = [[]]  # what stands between runs of masks
+    for previous, token in itertools.pairwise(["", *masked]):
+        if token != mask_token:
+            runs[-1].append(token)
+        elif previous != mask_token:
+            runs.append([])
+    hidden, position = [False] * len(tokens), len(runs[0])
+    explained = len(runs) > 1 and tokens[:position] == runs[0]
+    for number, run in enumerate(runs[1:], start=2):
+        last = len(tokens) - len(run)
+        earliest = last if number == len(runs) else position + 1
+        starts = range(max(position + 1, earliest), last + 1)
+        start = next((s for s in starts if tokens[s : s + len(run)] == run), None)
+        if start is None:
+            explained = False
+            break
+        hidden[position:start] = [True] * (start - position)
+        position = start + len(run)
+    if not explained:
         found = f"{' '.join(masked)} does not come from {' '.join(tokens)} by masking"
         raise DataError("masked tokens", found, "Give the row that was masked, and the mask token")
-    hidden = [False] * len(tokens)
-    for group in range(1, (match.lastindex or 0) + 1):
-        for i in range(*match.span(group)):
-            hidden[i] = True
     return hidden
 
 
@@ -275,7 +287,7 @@ def _draw_key(canvas: Canvas, rows: Sequence[TokenRow], y: float) -> None:
     kinds = [("C", True, "hidden from the encoder")] if any(any(row.hidden) for row in rows) else []
     used = {token for row in rows for token in row.tokens}
     kinds += [("<MASK>", False, "mask")] if "<MASK>" in used else []
-    kinds += [("^", False, "begin, end and other special tokens")] if used & (SPECIAL_TOKENS - {"<MASK>"}) else []
+    kinds += [("^", False, "begin, end and other special tokens")] if used & {*SPECIAL_TOKENS} - {"<MASK>"} else []
     x = float(_MARGIN)
     for token, hidden, words in kinds:
         box_width = 12.0 + 8.0 * len(token)

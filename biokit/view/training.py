@@ -182,7 +182,7 @@ def describe_training(lines: Sequence[dict[str, Any]], title: str = "") -> str:
 
 
 def follow(run: Run, *, timeout_s: float = math.inf) -> RunState:
-    """Wait until the run has ended, printing a short line at least every two seconds (for runs without a screen).
+    """Wait until the run has ended, rewriting one short line at least every two seconds (for runs without a screen).
 
     An interrupt (the stop square of a notebook) asks the run to stop at the next step boundary; a second one leaves.
 
@@ -192,7 +192,7 @@ def follow(run: Run, *, timeout_s: float = math.inf) -> RunState:
     folder, end = folder_of(run), time.monotonic() + timeout_s
     asked = False
     for state in _states(run):
-        print(state, flush=True)
+        print(f"\r{state!s:<78}", end="\n" if state.ended else "", flush=True)
         if state.ended:
             break
         if time.monotonic() > end:
@@ -206,7 +206,7 @@ def follow(run: Run, *, timeout_s: float = math.inf) -> RunState:
                 raise
             asked = True
             folder.request_stop()
-            print("interrupted: the run saves a checkpoint and ends; interrupt again to leave it", flush=True)
+            print("\ninterrupted: the run saves a checkpoint and ends; interrupt again to leave it", flush=True)
     if isinstance(run, Handle):
         run.raise_on_failure()
     if state.status == "failed":

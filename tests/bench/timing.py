@@ -1,11 +1,40 @@
-"""Interleaved measurement: every contender runs a slice in turn, so that a noisy machine troubles all alike."""
+"""Interleaved measurement: every contender runs a slice in turn, so that a noisy machine troubles all alike.
+
+Time is the CPU time of this process, all its threads: contenders must not start processes.
+"""
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+HEADER = (
+    "| what | peer | ours per CPU-second | peer per CPU-second | ratio (median) | over rounds | target | met |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
+NOT_MEASURED = "not measured: BIOKIT_REAL_DATA is not set"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table. `met` is None where there is no target, or nothing was measured."""
+
+    what: str
+    peer: str
+    ours: str = NOT_MEASURED
+    theirs: str = "-"
+    ratio: str = "-"
+    spread: str = "-"
+    target: str = "-"
+    met: bool | None = None
+
+    def __str__(self) -> str:
+        met = {True: "yes", False: "NO", None: "-"}[self.met]
+        cells = (self.what, self.peer, self.ours, self.theirs, self.ratio, self.spread, self.target, met)
+        return f"| {' | '.join(cells)} |"
 
 
 @dataclass(frozen=True)
@@ -16,18 +45,24 @@ class Rates:
     per_cpu_s: Mapping[str, float]
     ratios: Mapping[str, list[float]]  # of the first contender over each peer, a round each
 
-    def row(self, peer: str) -> str:
+    def rows(self, targets: Mapping[str, float]) -> list[Row]:
+        """A row for each peer; `targets` are the least ratios, where there are any."""
         ours = next(iter(self.per_cpu_s))
+        return [self._row(ours, peer, targets.get(peer)) for peer in self.ratios]
+
+    def _row(self, ours: str, peer: str, target: float | None) -> Row:
         ratios = self.ratios[peer]
-        return (
-            f"| {ours} | {peer} | {self.per_cpu_s[ours]:,.0f} {self.unit} | {self.per_cpu_s[peer]:,.0f} "
-            f"| {statistics.median(ratios):.2f}x | {min(ratios):.2f} - {max(ratios):.2f} |"
+        median = statistics.median(ratios)
+        return Row(
+            what=ours,
+            peer=peer,
+            ours=f"{self.per_cpu_s[ours]:,.0f} {self.unit}",
+            theirs=f"{self.per_cpu_s[peer]:,.0f}",
+            ratio=f"{median:.2f}x",
+            spread=f"{min(ratios):.2f} - {max(ratios):.2f}",
+            target="-" if target is None else f"at least {target:g}x",
+            met=None if target is None else median >= target,
         )
-
-
-HEADER = (
-    "| ours | peer | ours per CPU-second | peer | ratio (median) | over rounds |\n|---|---|---|---|---|---|"
-)
 
 
 def compare(contenders: Mapping[str, Callable[[], int]], unit: str, rounds: int = 5) -> Rates:
@@ -40,11 +75,20 @@ def compare(contenders: Mapping[str, Callable[[], int]], unit: str, rounds: int 
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         for name, work in contenders.items():
-            started = time.process_time()
-            units = work()
-            seconds = time.process_time() - started
+            rate = _time(work)
             if number:
-                rates[name].append(units / seconds)
+                rates[name].append(rate)
     ours, *peers = contenders
     ratios = {p: [a / b for a, b in zip(rates[ours], rates[p], strict=True)] for p in peers}
     return Rates(unit, {name: statistics.median(values) for name, values in rates.items()}, ratios)
+
+
+def _time(work: Callable[[], int]) -> float:
+    """Units per CPU-second, without the garbage collector, whose turns would fall on either by chance."""
+    gc.collect()
+    gc.disable()
+    try:
+        started = time.process_time()
+        return work() / (time.process_time() - started)
+    finally:
+        gc.enable()

@@ -2,15 +2,15 @@
 // clicks its stop button, and waits until the button says that the run was stopped.
 //
 // node stop_button.mjs URL SCREENSHOT_STEM CHROMIUM PROFILE_DIR [FIRST_STEP]; prints one JSON object.
-// playwright-core is found through PLAYWRIGHT_DIR (a folder with node_modules) or beside this file.
+// playwright-core is found in the folder BIOKIT_NODE_MODULES, or in node_modules beside this file.
 import { createRequire } from "node:module";
 import path from "node:path";
 
 const [url, screenshotStem, chromiumPath, profileDir, firstStep = "3"] = process.argv.slice(2);
-const require = createRequire(path.join(process.env.PLAYWRIGHT_DIR ?? import.meta.dirname, "package.json"));
+const require = createRequire(path.join(process.env.BIOKIT_NODE_MODULES ?? import.meta.dirname, "stop_button.cjs"));
 const { chromium } = require("playwright-core");
 
-const CELL_TIMEOUT_MS = 120_000;
+const CELL_TIMEOUT_MS = 240_000;
 const STOP_TIMEOUT_MS = 30_000;
 const flags = [
   "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -21,7 +21,7 @@ const failed = [];
 const foreign = [];
 const errors = [];
 const context = await chromium.launchPersistentContext(profileDir, {
-  executablePath: chromiumPath, headless: true, args: flags, viewport: { width: 1200, height: 2300 },
+  executablePath: chromiumPath, headless: true, args: flags, viewport: { width: 1200, height: 1000 },
 });
 try {
   const page = await context.newPage();
@@ -48,12 +48,14 @@ try {
   const panelText = () => label.textContent();
   await waitUntil(async () => (await step()) >= Number(firstStep), CELL_TIMEOUT_MS, `step ${firstStep}`);
   const before = await panelText();
+  await button.scrollIntoViewIfNeeded();
   await page.screenshot({ path: `${screenshotStem}_running.png` });
 
   const clicked = Date.now();
   await button.click();
   await waitUntil(async () => /^stopped/.test(await panelText()), STOP_TIMEOUT_MS, "the word stopped");
   const seconds = (Date.now() - clicked) / 1000;
+  await button.scrollIntoViewIfNeeded();
   await page.waitForTimeout(1500);
   await page.screenshot({ path: `${screenshotStem}_stopped.png` });
   const images = await page.locator("img.widget-image, .widget-image img, img.jupyter-widgets").count();

@@ -1,7 +1,7 @@
-"""The stop button, clicked by a real browser: JupyterLab on the loopback, headless Chromium, a training that ends.
+"""The stop button of notebook 03, clicked by a real browser: JupyterLab on the loopback, headless Chromium.
 
-Needs node, chromium and the npm package playwright-core (a folder with it: environment variable PLAYWRIGHT_DIR).
-BIOKIT_STOP_NOTEBOOK names another notebook to click through; its run folder is then BIOKIT_STOP_RUN.
+Needs node, chromium and the npm package playwright-core (in the folder that BIOKIT_NODE_MODULES names).
+BIOKIT_SCREENSHOTS names the folder for the screenshots and for what the browser saw.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import nbformat
+import papermill
 import pytest
 
 from biokit.runs import RunFolder
@@ -27,25 +27,20 @@ from biokit.runs import RunFolder
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 START_TIMEOUT_S = 120.0
-CELLS = (
-    """from biokit.config import load_config
-from biokit.launch.background import start_training
-from biokit.view.live import LivePanel
-config = load_config("molbart_mini", [
-    "run_dir=run", "data.limit_rows=300", "train.train_iters=100000", "train.num_threads=1",
-    "train.micro_batch_size=4", "train.global_batch_size=4", "train.tensorboard=false",
-])""",
-    "run = start_training(config)\npanel = LivePanel(run)\npanel",
-)
+NOTEBOOK = REPOSITORY / "notebooks" / "03_debug_one_device.ipynb"
+SETTINGS = {  # every cell is in the page, wherever it is scrolled to; and no question about news in the picture
+    "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
+    "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+}
 
 
 def _missing() -> str:
     """What this machine lacks for the test; empty where nothing."""
-    playwright = Path(os.environ.get("PLAYWRIGHT_DIR", HERE)) / "node_modules" / "playwright-core"
+    playwright = Path(os.environ.get("BIOKIT_NODE_MODULES", HERE / "node_modules")) / "playwright-core"
     needs = {
         "node": shutil.which("node"),
         "chromium": shutil.which("chromium"),
-        "playwright-core (PLAYWRIGHT_DIR)": playwright.is_dir(),
+        "playwright-core (BIOKIT_NODE_MODULES)": playwright.is_dir(),
     }
     return ", ".join(name for name, found in needs.items() if not found)
 
@@ -57,10 +52,15 @@ def _jupyterlab(root: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folders = {f"JUPYTER_{name}_DIR": str(root / f".{name.lower()}") for name in ("CONFIG", "DATA", "RUNTIME")}
+    for name, values in SETTINGS.items():
+        file = root / ".lab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values))
     command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--ip=127.0.0.1", f"--port={port}"]
     command += ["--IdentityProvider.token=", f"--ServerApp.root_dir={root}", "--allow-root"]
     command += ["--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
-    environment = {**os.environ, **folders, "PYTHONPATH": str(REPOSITORY), "JUPYTERLAB_SETTINGS_DIR": str(root / ".lab")}
+    folders["JUPYTERLAB_SETTINGS_DIR"] = str(root / ".lab")
+    environment = {**os.environ, **folders, "PYTHONPATH": str(REPOSITORY)}
     with (root / "jupyter.log").open("wb") as log:
         server = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=root, start_new_session=True
@@ -91,20 +91,21 @@ def _wait_for(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
 @pytest.mark.full
 @pytest.mark.skipif(bool(_missing()), reason=f"no browser test: missing {_missing()}")
 def test_the_stop_button_stops_the_training(tmp_path: Path) -> None:
-    given = os.environ.get("BIOKIT_STOP_NOTEBOOK")
-    if given:
-        shutil.copy(given, tmp_path / "live.ipynb")
-    else:
-        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in CELLS])
-        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        nbformat.write(notebook, tmp_path / "live.ipynb")
-    run = RunFolder(tmp_path / os.environ.get("BIOKIT_STOP_RUN", "run"))
+    papermill.execute_notebook(
+        NOTEBOOK,
+        tmp_path / "live.ipynb",
+        parameters={"run_dir": "run", "press_stop": False, "overfit_steps": 120},
+        prepare_only=True,
+        progress_bar=False,
+    )
+    run = RunFolder(tmp_path / "run")
     pictures = Path(os.environ.get("BIOKIT_SCREENSHOTS", tmp_path))
     pictures.mkdir(parents=True, exist_ok=True)
     with _jupyterlab(tmp_path) as address:
         command = ["node", str(HERE / "stop_button.mjs"), f"{address}/lab/tree/live.ipynb?reset"]
         command += [str(pictures / "stop_button"), str(shutil.which("chromium")), str(tmp_path / "profile")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+        (pictures / "stop_button.json").write_text(done.stdout)
         seen = json.loads(done.stdout or "{}")
         assert done.returncode == 0, f"{seen}\n{done.stderr[-2000:]}"
         manifest = run.read_manifest()
