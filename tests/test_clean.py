@@ -88,15 +88,11 @@ def test_processes_change_nothing(tmp_path: Path) -> None:
 
 def test_what_a_batch_holds() -> None:
     config = DataConfig(pool=3, duplicates="inchikey")
-    (batch,) = clean(
-        rows_of(["OCC", "C(O)C", "c1ccccc1CO"], "Valid"), config, TOKENIZER, seed=1, by_column=True
-    )
+    (batch,) = clean(rows_of(["OCC", "C(O)C", "c1ccccc1CO"], "Valid"), config, TOKENIZER, seed=1, by_column=True)
     assert batch.smiles == ["CCO", "OCc1ccccc1"]
     assert batch.num_sequences == 4 and len(batch.offsets) == 2 * 4 + 1
     assert batch.parts.tolist() == [1, 1]
-    sequences = [
-        TOKENIZER.decode(batch.ids[a:b]) for a, b in zip(batch.offsets, batch.offsets[1:], strict=False)
-    ]
+    sequences = [TOKENIZER.decode(batch.ids[a:b]) for a, b in zip(batch.offsets, batch.offsets[1:], strict=False)]
     from biokit.chem.molecules import canonicalize, random_smiles
     from biokit.data.clean_worker import row_seed
 
@@ -124,9 +120,7 @@ def test_keeping_what_is_usually_dropped() -> None:
 
 
 def test_an_unknown_part_is_a_reject() -> None:
-    cleaning = clean(
-        [*rows_of(["CC"], "train"), *rows_of(["CCC"], "fold 3")], DataConfig(), TOKENIZER, by_column=True
-    )
+    cleaning = clean([*rows_of(["CC"], "train"), *rows_of(["CCC"], "fold 3")], DataConfig(), TOKENIZER, by_column=True)
     assert run(cleaning) == ["CC"]
     assert cleaning.report.rejects == {"unknown split value": 1}
 
@@ -137,8 +131,7 @@ def test_the_first_bad_row_is_raised(num_workers: int) -> None:
     with pytest.raises(DataError) as caught:
         run(clean(rows, DataConfig(on_bad="raise"), TOKENIZER, num_workers=num_workers))
     assert str(caught.value) == (
-        'm.csv row 4: SMILES "C1CC(" cannot be parsed (syntax error at position 5). '
-        'Fix the row, or pass on_bad="drop".'
+        'm.csv row 4: SMILES "C1CC(" cannot be parsed (syntax error at position 5). Fix the row, or pass on_bad="drop".'
     )
 
 
@@ -233,8 +226,6 @@ def test_moleculenet(name: str, kept: int, rejects: dict[str, int]) -> None:
     folder = os.environ.get("BIOKIT_REAL_DATA")
     if not folder:
         pytest.skip("BIOKIT_REAL_DATA is not set")
-    cleaning = clean(
-        read_table(Path(folder) / "moleculenet" / f"{name}.csv"), DataConfig(), TOKENIZER, num_workers=2
-    )
+    cleaning = clean(read_table(Path(folder) / "moleculenet" / f"{name}.csv"), DataConfig(), TOKENIZER, num_workers=2)
     assert len(run(cleaning)) == kept
     assert cleaning.report.rejects == rejects

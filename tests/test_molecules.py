@@ -116,9 +116,7 @@ def test_scaffold_and_inchikey() -> None:
         ("[13CH4]", STRIP, "[13CH4]", ()),
     ],
 )
-def test_cleaning_tells_what_it_changed(
-    text: str, options: CleanOptions, smiles: str, changes: tuple
-) -> None:
+def test_cleaning_tells_what_it_changed(text: str, options: CleanOptions, smiles: str, changes: tuple) -> None:
     cleaned = clean_molecule(text, options)
     assert cleaned.smiles == smiles
     assert cleaned.changes == changes

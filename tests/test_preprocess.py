@@ -79,9 +79,7 @@ def test_everything_is_there(table: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", ["random", "scaffold", "ratio"])
 def test_the_same_seed_makes_the_same_bytes(table: Path, tmp_path: Path, split: str) -> None:
     for name, num_workers in (("a", 1), ("b", 2)):
-        data = DataConfig(
-            dataset_path=str(table), split=split, split_ratio="60,20,20", num_workers=num_workers, pool=1
-        )
+        data = DataConfig(dataset_path=str(table), split=split, split_ratio="60,20,20", num_workers=num_workers, pool=1)
         run(data, tmp_path / name, seed=7)
     for path in (tmp_path / "a").glob("*.bin"):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
@@ -90,9 +88,7 @@ def test_the_same_seed_makes_the_same_bytes(table: Path, tmp_path: Path, split: 
 
 
 def test_split_by_column(tmp_path: Path) -> None:
-    table = write_table(
-        tmp_path / "m.csv", ["CC,train", "CCC,Valid", "CCCC,test", "CCCCC,other"], "smiles,set"
-    )
+    table = write_table(tmp_path / "m.csv", ["CC,train", "CCC,Valid", "CCCC,test", "CCCCC,other"], "smiles,set")
     report = run(DataConfig(dataset_path=str(table)), tmp_path / "out")
     assert report.split == "column"
     assert report.molecules == {"train": 1, "val": 1, "test": 1}
@@ -200,9 +196,7 @@ def test_other_things_are_not_overwritten(table: Path, tmp_path: Path) -> None:
         ({"smiles_column": "nope"}, DataError, "nope"),
     ],
 )
-def test_a_failure_leaves_nothing(
-    table: Path, tmp_path: Path, change: dict, error: type | None, message: str
-) -> None:
+def test_a_failure_leaves_nothing(table: Path, tmp_path: Path, change: dict, error: type | None, message: str) -> None:
     data = DataConfig(dataset_path=str(table), **change)
     if error is None:
         assert run(data, tmp_path / "out").molecules["train"] >= 1
@@ -245,9 +239,7 @@ def test_a_killed_run_leaves_no_folder_and_the_next_succeeds(tmp_path: Path, sen
         "preprocess(DataConfig(num_workers=1), sys.argv[1], 1, progress=False)\n"
     )
     out = tmp_path / "out"
-    caller = subprocess.Popen(
-        [sys.executable, "-c", code, out], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+    caller = subprocess.Popen([sys.executable, "-c", code, out], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert caller.stdout is not None and caller.stdout.readline() == b"batch\n"
     with pytest.raises(DataError, match="another process is writing it"):
         run(DataConfig(), out)
@@ -270,7 +262,5 @@ def test_a_ready_store_needs_no_rdkit(table: Path, tmp_path: Path) -> None:
         "assert preprocess(DataConfig(dataset_path=sys.argv[1]), sys.argv[2], 1).reused\n"
         "print(sorted({'rdkit', 'pyarrow', 'numba', 'tqdm', 'torch'} & set(sys.modules)))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, table, out], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, table, out], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -111,9 +111,7 @@ def test_a_folder_is_no_table(tmp_path: Path) -> None:
 
 
 def test_a_torn_gzip_names_the_row(tmp_path: Path) -> None:
-    whole = gzip.compress(
-        b"smiles\n" + b"".join(b"%s\n" % os.urandom(20).hex().encode() for _ in range(5000))
-    )
+    whole = gzip.compress(b"smiles\n" + b"".join(b"%s\n" % os.urandom(20).hex().encode() for _ in range(5000)))
     path = write(tmp_path / "a.smi.gz", whole[: len(whole) // 2])
     seen = 0
     with pytest.raises(DataError, match=r"row \d+: the gzip file is cut off"):

@@ -17,6 +17,8 @@ from biokit.errors import ConfigError
 Ints = NDArray[np.integer]
 Indices = NDArray[np.int64]
 
+_STRIP_SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # batches a strip, over the root of all batches: those tried
+
 
 def plan_epoch(
     lengths: Ints,
@@ -92,10 +94,11 @@ def _bucketed_order(
     order: Indices, lengths: Ints, encoder_lengths: Ints, cuts: Indices | None, max_tokens: int
 ) -> Indices:
     """Sort by both lengths; of a few strip widths take the one whose worse side pads least."""
-    order = order[np.argsort(lengths[order], kind="stable")]
-    decoder, encoder = lengths[order].astype(np.int64), encoder_lengths[order].astype(np.int64)
+    decoder, encoder = _narrow(lengths[order]), _narrow(encoder_lengths[order])
+    by_decoder = np.argsort(decoder, kind="stable")
+    order, decoder, encoder = order[by_decoder], decoder[by_decoder], encoder[by_decoder]
     if cuts is None:  # as if every batch were filled to the brim
-        batch_of = (np.cumsum(np.maximum(decoder, encoder)) - 1) // max_tokens
+        batch_of = (np.cumsum(np.maximum(decoder, encoder), dtype=np.int64) - 1) // max_tokens
         starts = np.flatnonzero(np.diff(batch_of, prepend=-1))
     else:
         starts = cuts[:-1]
@@ -103,16 +106,23 @@ def _bucketed_order(
     rows = np.diff(np.append(starts, len(order)))
     root = math.sqrt(len(starts))
     best, best_cost = order, math.inf
-    for batches_a_strip in sorted({max(1, round(root * share)) for share in (0.5, 0.7, 1.0)}):
-        strip = batch_of // batches_a_strip
+    for batches_a_strip in sorted({max(1, round(root * share)) for share in _STRIP_SHARES}):
+        strip = _narrow(batch_of // batches_a_strip)
         # every other strip runs backwards, so that a batch across two strips stays narrow
-        ranked = np.lexsort((np.where(strip & 1, -encoder, encoder), strip))
+        ranked = np.argsort(np.where(strip & 1, ~encoder, encoder), kind="stable")
+        ranked = ranked[np.argsort(strip[ranked], kind="stable")]
         cost = max(
-            float((np.maximum.reduceat(side[ranked], starts) * rows).sum() / side.sum()) for side in (decoder, encoder)
+            float((np.maximum.reduceat(side[ranked], starts) * rows).sum() / side.sum(dtype=np.int64))
+            for side in (decoder, encoder)
         )
         if cost < best_cost:
             best, best_cost = order[ranked], cost
     return best
+
+
+def _narrow(numbers: Ints) -> Ints:
+    """As 16-bit numbers where they fit: numpy sorts those by radix, some 15 times as fast, and as stably."""
+    return numbers.astype(np.uint16 if numbers.max() < 1 << 16 else np.int64)
 
 
 def _cut_by_size(num_samples: int, batch_size: int, seed: int, epoch: int) -> tuple[Indices, int]:

@@ -192,7 +192,7 @@ def follow(run: Run, *, timeout_s: float = math.inf) -> RunState:
     folder, end = folder_of(run), time.monotonic() + timeout_s
     asked = False
     for state in _states(run):
-        print(f"\r{state!s:<78}", end="\n" if state.ended else "", flush=True)
+        print(f"{state!s:<78}", end="\n" if state.ended else "\r", flush=True)
         if state.ended:
             break
         if time.monotonic() > end:
