@@ -63,7 +63,9 @@ def test_every_picture_has_words_and_no_path_of_a_machine(path):
 
 
 def write_notebook(path, *sources):
-    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    notebook = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    )
     notebook.cells = [nbformat.v4.new_code_cell(source) for source in sources]
     notebook.cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(notebook, path)

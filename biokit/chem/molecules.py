@@ -72,9 +72,7 @@ def parse_smiles(smiles: str) -> Mol:
         if mol is not None:
             return mol
         reason = reason or _parser_reason(log.messages)
-    raise DataError(
-        f'SMILES "{_shown(smiles)}"', f"cannot be parsed ({reason})", "Correct it, or leave it out"
-    )
+    raise DataError(f'SMILES "{_shown(smiles)}"', f"cannot be parsed ({reason})", "Correct it, or leave it out")
 
 
 def parse_mol_block(block: str) -> Mol:

@@ -16,9 +16,9 @@ from tests.bench.timing import Row
 
 BATCH_SIZE, SEED, POOL, TARGET = 128, 1234, 10, 1.05
 RANDOM = "random batches padded to their longest"
-MASK = "padding, task mask, {}"
-AUG = "padding, task aug, made on the way, {}"
-AUG_POOL = "padding, task aug, pool of ten, {}"
+MASK = "padded / real tokens, encoder and decoder, task mask, {}"
+AUG = "the same, task aug, made on the way, {}"
+AUG_POOL = "the same, task aug, pool of ten, {}"
 
 Sides = tuple[float, float]  # encoder, decoder
 
@@ -27,7 +27,9 @@ def measure(name: str, limit: int = 0, aug_limit: int = 0, epochs: int = 3) -> l
     """Rows of one corpus; the numbers are padded over real tokens, encoder / decoder, the worst of the epochs."""
     smiles = corpora.load_smiles(name, limit)
     if smiles is None:
-        return [Row(MASK.format(name), RANDOM, target=f"at most {TARGET}")]
+        return [Row(MASK.format(name), RANDOM, target=f"at most {TARGET}")] + [
+            Row(what.format(name), RANDOM) for what in (AUG, AUG_POOL)
+        ]
     tokenizer = SmilesTokenizer.packaged()
     fewer = smiles[:: max(1, len(smiles) // aug_limit)] if aug_limit else smiles
     with tempfile.TemporaryDirectory() as folder:

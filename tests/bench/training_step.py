@@ -9,9 +9,10 @@ import torch
 from biokit.config import ModelConfig, TrainConfig
 from biokit.models.molbart import MOLBART
 from biokit.parallel.strategy import Single
-from tests.bench.timing import Rates, compare
+from tests.bench.timing import Row, compare
 
 BATCH, LENGTH, VOCAB, STEPS = 32, 40, 523, 3
+TARGET = 1.0
 SIZES = {"num_layers": 3, "hidden_size": 256, "num_attention_heads": 8, "ffn_hidden_size": 1024}
 
 
@@ -78,15 +79,13 @@ def hugging_face(batch: dict[str, torch.Tensor], precision: str, attention: str)
     return work
 
 
-def measure(precision: str) -> Rates:
-    """Ours against both HF forms in one interleaved run."""
-    torch.set_num_threads(1)
+def measure(precision: str, rounds: int = 5) -> list[Row]:
+    """Ours against both HF forms in one interleaved run; ours is to be as fast as the better of them."""
     batch = make_batch()
-    return compare(
-        {
-            f"biokit {precision}": ours(batch, precision),
-            f"HF eager {precision}": hugging_face(batch, precision, "eager"),
-            f"HF sdpa {precision}": hugging_face(batch, precision, "sdpa"),
-        },
-        "tokens",
-    )
+    peers = {f"HF BART {attention}": hugging_face(batch, precision, attention) for attention in ("eager", "sdpa")}
+    rates = compare({f"training step, {precision}": ours(batch, precision)} | peers, "tokens", rounds)
+    return rates.rows(dict.fromkeys(peers, TARGET))
+
+
+def measure_all() -> list[Row]:
+    return [row for precision in ("fp32", "bf16") for row in measure(precision)]

@@ -1,0 +1,68 @@
+"""Run the benchmarks and print one Markdown table: `python -m tests.bench [name ...]`.
+
+One thread, everything in this process. The exit status is 1 where a target is not met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+from biokit.errors import EngineError
+from tests.bench.timing import HEADER, Row
+
+NAMES = ("tokenising", "batches", "random_smiles", "training_step", "padding")
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"which to run of {', '.join(NAMES)}; default all")
+    names = parser.parse_args(arguments).names or list(NAMES)
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        parser.error(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    _use_one_thread()
+    print(describe_machine(), end=f"\n\n{HEADER}\n", flush=True)
+    rows: list[Row] = []
+    for name in names:
+        started = time.process_time()
+        measured = importlib.import_module(f"tests.bench.{name}").measure_all()
+        print(*measured, sep="\n", flush=True)
+        print(f"{name}: {time.process_time() - started:.0f} CPU-seconds", file=sys.stderr)
+        rows += measured
+    return int(any(row.met is False for row in rows))
+
+
+def describe_machine() -> str:
+    """The processor and the versions that the figures were taken with."""
+    import rdkit
+    import torch
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    processor = f"{len(models)} x {models[0]}" if models else platform.processor() or platform.machine()
+    return (
+        f"{processor}, one thread; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"rdkit {rdkit.__version__}. Medians of interleaved rounds, per CPU-second."
+    )
+
+
+def _use_one_thread() -> None:
+    if importlib.util.find_spec("transformers") is None:
+        raise EngineError("benchmarks", "transformers is not installed", 'Run `make bench`, or install ".[bench]"')
+    os.environ |= ONE_THREAD
+    import torch
+
+    torch.set_num_threads(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
