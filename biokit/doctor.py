@@ -149,7 +149,7 @@ def probe_engines() -> Iterator[Finding]:
     yield Finding("Single", f"usable (torch {torch})" if torch != MISSING else "torch is missing")
     for package, name in (("deepspeed", "DeepSpeed"), ("megatron-core", "Megatron-core")):
         version = version_of(package)
-        found = "not installed" if version == MISSING else f"found {version}"
+        found = "not installed" if version == MISSING else f"found {version}; no strategy of this version uses it"
         yield Finding(name, found, _install("biokit[distributed]") if version == MISSING else "")
 
 
@@ -158,15 +158,16 @@ def probe_kernels() -> Iterator[Finding]:
     from biokit.kernels.dispatch import reference_forced
 
     if reference_forced():
-        for name in ("SMILES scanner", "attention", "cross entropy", "layer norm"):
+        for name in ("SMILES scanner", "attention", "cross entropy", "dropout", "layer norm"):
             yield Finding(name, "reference: BIOKIT_KERNELS=reference is set", "Unset it for speed")
         return
     if has_module("numba"):
         yield Finding("SMILES scanner", "numba (small batches, until it is loaded: re)")
     else:
         yield Finding("SMILES scanner", "reference: numba is not installed", _install("numba"))
-    yield Finding("attention", "sdpa; on the CPU in bf16 reference, which is faster there")
+    yield Finding("attention", "sdpa; on the CPU in bf16 or with dropout reference, which is faster there")
     yield Finding("cross entropy", "torch")
+    yield Finding("dropout", "lanes (16 random bits an element) on the CPU, else torch")
     norm = "apex on CUDA, else torch" if has_module("apex.normalization") else "torch: NVIDIA apex is not installed"
     yield Finding("layer norm", norm)
 

@@ -69,6 +69,8 @@ def read_json(path: Path) -> tuple[tuple[str, ...], int, tuple[str, ...]]:
         tree = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path} line {error.lineno}", f"it is not JSON ({error.msg})", "Mend the file") from error
+    except RecursionError as error:
+        raise DataError(f"vocabulary {path}", "its JSON is nested too deeply", "Mend the file") from error
     properties = _take(tree, "properties", dict, path)
     special = _take(properties, "special_tokens", dict, path)
     tokens = _take(tree, "vocabulary", list, path)
@@ -78,7 +80,7 @@ def read_json(path: Path) -> tuple[tuple[str, ...], int, tuple[str, ...]]:
     written = _take(properties, "regex", str, path)
     derived = smiles_regex(tokens[len(names) : chem_start])
     if written.replace("\\", "") != derived.replace("\\", ""):  # published files escape some tokens, not all
-        at = next((i for i, (a, b) in enumerate(zip(written, derived, strict=False)) if a != b), len(derived))
+        at = next((i for i, (a, b) in enumerate(zip(written, derived, strict=False)) if a != b), min(len(written), len(derived)))
         raise DataError(
             f"{path} properties.regex",
             f"it is not the expression of this vocabulary: {written[at : at + 30]!r} stands for "

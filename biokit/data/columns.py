@@ -186,12 +186,16 @@ def _split_column(
 ) -> int | None:
     if asked:
         return _named_column(asked, header, num_columns, table, "data.split_column")
+    places = []
     for index, cell in enumerate(header):
         if cell.lower() in SPLIT_NAMES:
             values = {row[index].strip().lower() for row in rows if index < len(row)}
             if values & PARTS.keys() or not rows:
-                return index
-    return None
+                places.append(index)
+    if len(places) > 1:
+        found = f"several name parts ({', '.join(header[index] for index in places)})"
+        raise DataError(f"table {table}: the split column", found, "Set data.split_column to one of them")
+    return places[0] if places else None
 
 
 def _share_of_smiles(cells: Sequence[str]) -> float:

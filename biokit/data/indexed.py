@@ -327,7 +327,7 @@ def _read_manifest(prefix: str, required: bool) -> dict[str, Any]:
             return {}
         do = f"{REBUILD}, or pass verify=False for a store that another tool wrote"
         raise StoreError(asked, "there is no such manifest: never finished, or not biokit's", do) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise StoreError(asked, f"it cannot be read ({error})", REBUILD) from error
     if not isinstance(manifest, dict) or manifest.get("format") != _MANIFEST_FORMAT:
         raise StoreError(asked, "it is not the manifest of a token store", REBUILD)
@@ -350,6 +350,8 @@ def _map_file(path: Path, noted: dict[str, Any] | None, verify: bool) -> Any:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     except FileNotFoundError:
         raise StoreError(asked, "there is no such file", REBUILD) from None
+    except OSError as error:
+        raise StoreError(asked, f"it cannot be read ({error.strerror})", REBUILD) from error
 
 
 def sequence_numbers(store: TokenStore, documents: Ints, ks: Ints | int = 0) -> Ints:

@@ -57,6 +57,8 @@ def expand_paths(patterns: str | Path | Sequence[str | Path], base: str | Path =
             f"{len(missing)} do not exist: {_named(missing)}",
             f"Check the range and the folder; the extension may be left out ({' '.join(TABLE_EXTENSIONS)})",
         )
+    if not found:
+        raise DataError(f'files "{", ".join(map(str, patterns))}"', "no file is named", "Give a path, a range or a list")
     repeated = [path for path, count in Counter(found).items() if count > 1]
     if repeated:
         raise DataError(
@@ -70,11 +72,15 @@ def expand_paths(patterns: str | Path | Sequence[str | Path], base: str | Path =
 def list_tables(folder: Path) -> list[Path]:
     """The tables directly inside a folder, sorted by name; hidden files and other kinds are left out.
 
+    A link that leads nowhere is not left out: opening it says so.
+
     Raises:
         DataError: there is none.
     """
     tables = sorted(
-        path for path in folder.iterdir() if path.is_file() and is_table(path) and path.name[0] != "."
+        path
+        for path in folder.iterdir()
+        if is_table(path) and path.name[0] != "." and (path.is_file() or (path.is_symlink() and not path.exists()))
     )
     if not tables:
         raise DataError(

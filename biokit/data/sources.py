@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +30,22 @@ def find_sources(config: DataConfig) -> list[Source]:
     (train.csv, ...), or plain tables.
 
     Raises:
-        DataError: nothing there, or a folder that can be read in two ways.
+        DataError: nothing there, no permission, a file in two parts, or a folder that can be read in two ways.
     """
+    try:
+        sources = _find(config)
+    except OSError as error:
+        found = f"it cannot be reached ({error.strerror})"
+        raise DataError(f'files "{config.dataset_path[:200]}"', found, "Check the path and its permissions") from error
+    parts = Counter(source.path for source in sources)
+    repeated = [str(path) for path, count in parts.items() if count > 1]
+    if repeated:
+        asked = "data.dataset.train, val and test"
+        raise DataError(asked, f"a file stands in two parts: {', '.join(repeated[:5])}", "Give each file to one part")
+    return sources
+
+
+def _find(config: DataConfig) -> list[Source]:
     named = {part: getattr(config.dataset, part) for part in PART_NAMES}
     base = Path(config.dataset_path)
     if any(named.values()):
@@ -40,6 +55,8 @@ def find_sources(config: DataConfig) -> list[Source]:
             if named[part]
             for path in _find_part(base, part, named[part])
         ]
+    if not config.dataset_path.strip():
+        raise DataError("data.dataset_path", "it is empty", "Give a file, a folder or a named data set")
     if base.is_dir():
         return _read_folder(base)
     if not base.exists() and (config.dataset_path in DATASETS or _is_bare_name(config.dataset_path)):

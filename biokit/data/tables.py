@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from biokit.data.columns import SMILES_NAMES, Columns, choose_columns
+from biokit.data.columns import PARTS, SMILES_NAMES, SPLIT_NAMES, Columns, choose_columns
 from biokit.data.paths import expand_paths
-from biokit.data.textfiles import LineReader
+from biokit.data.textfiles import LineReader, check_file
 from biokit.errors import DataError
 
 BLANK = "blank row"
 RAGGED = "ragged row"
 QUOTING = "bad quoting"
+LONG_FIELD = "field too long"
 BROKEN_RECORD = "broken record"
 
 MAX_RECORD_LINES = 200_000
@@ -87,9 +88,8 @@ def describe_table(path: str | Path, *, smiles_column: str = "", split_column: s
     if kind == "parquet":
         return _describe_parquet(path, smiles_column, split_column)
     if kind == "sdf":
-        return TableForm(
-            path, kind, Columns(has_header=False, smiles=0, num_columns=1, split_name=split_column)
-        )
+        split_name = split_column or _guess_split_field(path)
+        return TableForm(path, kind, Columns(has_header=False, smiles=0, num_columns=1, split_name=split_name))
     with LineReader(path) as lines:
         sample = list(itertools.islice(lines, _SAMPLE_ROWS))
     if not any(line.strip() for line in sample):
@@ -100,6 +100,9 @@ def describe_table(path: str | Path, *, smiles_column: str = "", split_column: s
     if not delimiter:
         kind, delimiter = "smi", _sniff_smi(sample)
     records = [record for record in _split_sample(sample, delimiter) if any(record)]
+    if not records:
+        found = f"none of its first {len(sample)} rows can be read (bad quoting)"
+        raise DataError(f"table {path}", found, "Is this a table?")
     columns = choose_columns(records, str(path), smiles_column, split_column, is_smi=kind == "smi")
     return TableForm(path, kind, columns, delimiter)
 
@@ -143,7 +146,7 @@ def _read_csv(lines: LineReader, form: TableForm) -> Iterator[Row]:
         try:
             record = next(reader, None)
         except csv.Error as error:
-            yield _bad_quoting(error, file, first_line, lines.num_lines)
+            yield _bad_record(error, file, first_line, lines)
             continue
         if record is None:
             return
@@ -168,15 +171,17 @@ def _to_row(record: Sequence[str], file: str, number: int, columns: Columns) -> 
     return Row(file, number, ",".join(record), problem=RAGGED, detail=detail)
 
 
-def _bad_quoting(error: csv.Error, file: str, first_line: int, last_line: int) -> Row:
+def _bad_record(error: csv.Error, file: str, first_line: int, lines: LineReader) -> Row:
     """One torn line is a bad row; a quote that swallowed further lines makes the file unreadable."""
+    last_line = lines.num_lines
     if last_line > first_line or "unexpected end" in str(error):
         raise DataError(
             f"{file} row {first_line}",
             f"a quote that opens here is not closed properly before row {max(last_line, first_line)} ({error})",
             "Close or double the quote",
         ) from error
-    return Row(file, first_line, "", problem=QUOTING, detail=str(error))
+    problem = LONG_FIELD if "field limit" in str(error) else QUOTING
+    return Row(file, first_line, lines.line.rstrip("\r\n"), problem=problem, detail=str(error))
 
 
 def _read_words(lines: LineReader, form: TableForm) -> Iterator[Row]:
@@ -245,7 +250,7 @@ def _read_sdf(lines: LineReader, form: TableForm) -> Iterator[Row]:
     for number, record in enumerate(_sdf_records(lines), start=1):
         block, fields = _split_record(record)
         name = record[0].strip() if record else ""
-        split = _split_field(fields, split_name)
+        split = fields.get(split_name, "")
         if not any(line.strip() for line in record):
             yield Row(file, number, "", problem=BLANK)
         elif "M  END" not in block:
@@ -283,10 +288,15 @@ def _split_record(record: Sequence[str]) -> tuple[str, dict[str, str]]:
     return "\n".join(record[: end + 1]) + "\n", fields
 
 
-def _split_field(fields: dict[str, str], split_name: str) -> str:
-    if split_name:
-        return fields.get(split_name, "")
-    return next((value for key, value in fields.items() if key.lower() in ("set", "split")), "")
+def _guess_split_field(path: Path) -> str:
+    """The field `set` or `split` of the first records, if its values name parts; else ""."""
+    values: dict[str, set[str]] = {}
+    with LineReader(path) as lines:
+        for record in itertools.islice(_sdf_records(lines), _SAMPLE_ROWS):
+            for key, value in _split_record(record)[1].items():
+                if key.lower() in SPLIT_NAMES:
+                    values.setdefault(key, set()).add(value.lower())
+    return next((key for key, found in values.items() if found & PARTS.keys()), "")
 
 
 # Parquet -------------------------------------------------------------------------------------------------------------
@@ -298,6 +308,7 @@ def _open_parquet(path: Path) -> Any:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise DataError(f"table {path}", "pyarrow is not installed", "pip install pyarrow") from error
+    check_file(path)
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
@@ -308,9 +319,15 @@ def _open_parquet(path: Path) -> Any:
 
 
 def _describe_parquet(path: Path, smiles_column: str, split_column: str) -> TableForm:
+    import pyarrow as pa
+
     with _open_parquet(path) as parquet:
         header = list(parquet.schema_arrow.names)
-        batch = next(parquet.iter_batches(batch_size=_SAMPLE_ROWS), None)
+        try:
+            batch = next(parquet.iter_batches(batch_size=_SAMPLE_ROWS), None)
+        except (pa.ArrowException, OSError) as error:
+            found = f"the file is damaged ({str(error).splitlines()[0]})"
+            raise DataError(f"table {path}", found, "Get the file again") from error
     rows = [] if batch is None else [list(row) for row in zip(*map(_cells, batch.columns), strict=True)]
     columns = choose_columns([header, *rows], str(path), smiles_column, split_column, has_header=True)
     return TableForm(path, "parquet", columns)
@@ -340,4 +357,8 @@ def _read_parquet(form: TableForm) -> Iterator[Row]:
 
 
 def _cells(column: Any) -> list[str]:
-    return ["" if value is None else str(value) for value in column.to_pylist()]
+    """Values as text; bytes are text without its type, as some writers leave it."""
+    return [
+        value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else "" if value is None else str(value)
+        for value in column.to_pylist()
+    ]

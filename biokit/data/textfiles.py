@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import io
+import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,9 @@ _OTHER_MAGIC = {
     b"\x28\xb5\x2f\xfd": "zstandard",
     b"PAR1": "Parquet under another name",
     b"%PDF": "a PDF",
+    b"\x89PNG": "a picture",
+    b"\xd0\xcf\x11\xe0": "an old Excel or Word file",
+    _GZIP_MAGIC: "gzip inside gzip",
 }
 _MARKS = (  # UTF-32 first: its little endian mark begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -41,7 +45,7 @@ class LineReader:
     """Iterate over the lines of a file, line ends included; a context manager.
 
     Attributes:
-        num_lines: lines read so far, so the 1-based number of the line that was read last.
+        num_lines: lines read so far, so the 1-based number of the line that was read last, `line`.
 
     Raises:
         DataError: no such file, a folder, no permission, another format, an encoding that is not Unicode, a torn gzip.
@@ -50,6 +54,7 @@ class LineReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.num_lines = 0
+        self.line = ""
         self._binary = _open_binary(path)
         try:
             self._text = self._decode()
@@ -76,6 +81,7 @@ class LineReader:
             if not line:
                 return
             self.num_lines += 1
+            self.line = line
             if not line.isascii():
                 self._check_unicode(line)
             if len(line) == MAX_LINE_CHARS and line[-1] not in "\r\n":
@@ -125,10 +131,27 @@ class LineReader:
         return DataError(f"{self.path} row {self.num_lines}", found, do)
 
 
-def _open_binary(path: Path) -> IO[bytes]:
+def check_file(path: Path) -> None:
+    """Refuse what is no regular file: a table is read more than once, and a pipe would be empty the second time.
+
+    Raises:
+        DataError: no such file, a folder, a pipe or a device.
+    """
     asked = f"table {path}"
-    if path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise DataError(asked, f"it cannot be opened ({cause})", "Check the path") from error
+    if stat.S_ISDIR(mode):
         raise DataError(asked, "it is a folder", "Name a file in it, or give the folder as data.dataset_path")
+    if not stat.S_ISREG(mode):
+        raise DataError(asked, "it is a pipe or a device", "Write its content to a file first")
+
+
+def _open_binary(path: Path) -> IO[bytes]:
+    check_file(path)
+    asked = f"table {path}"
     try:
         raw = path.open("rb")
     except OSError as error:
