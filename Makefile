@@ -43,4 +43,4 @@ $(VENV)/.bench: $(VENV)/.env
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) build *.egg-info

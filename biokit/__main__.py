@@ -22,6 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BiokitError as error:
         print(f"biokit: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except OSError as error:
+        print(f"biokit: {options.command}: {error}. Check the disk and the permissions.", file=sys.stderr)
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("biokit: interrupted", file=sys.stderr)
         return 130
@@ -68,10 +71,14 @@ def _run_train(options: argparse.Namespace) -> int:
 def _run_preprocess(options: argparse.Namespace) -> int:
     from biokit.config import load_config
     from biokit.data.preprocess import preprocess
+    from biokit.runs import RunFolder
 
     config = load_config(options.config, options.overrides)
     out = Path(config.data.store_dir or Path(config.run_dir) / "data")
-    report = preprocess(config.data, out, config.seed)
+    folder = RunFolder(config.run_dir)
+    folder.create()
+    with folder.lock():
+        report = preprocess(config.data, out, config.seed)
     print(report)
     print(f"token stores: {report.folder}")
     return 0
@@ -97,7 +104,7 @@ def _summary(manifest: dict[str, Any]) -> str:
     if manifest["status"] == "preprocessed":
         return f"preprocessed, not trained (do_training=False): {manifest['store_dir']}"
     done = f"{manifest['status']} at step {manifest['step']} of {manifest['train_iters']}"
-    return f"{done}, loss {manifest['final_loss']:.4f}"
+    return done if manifest["final_loss"] is None else f"{done}, loss {manifest['final_loss']:.4f}"
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from biokit.tokenizers import SmilesTokenizer
 FORMAT = "biokit-checkpoint-1"
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 STATE, VOCABULARY, MANIFEST = "state.json", "vocab.txt", "manifest.json"
+FILES = (MODEL, OPTIMIZER, STATE, VOCABULARY)
 PARTIAL = ".partial-"
 
 
@@ -79,7 +80,7 @@ def save_checkpoint(
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial / name)
         (partial / STATE).write_text(json.dumps(dict(state), sort_keys=True))
         (partial / VOCABULARY).write_text(vocabulary, encoding="utf-8")
-        files = {name: _file_entry(partial / name) for name in (MODEL, OPTIMIZER, STATE, VOCABULARY)}
+        files = {name: _file_entry(partial / name) for name in FILES}
         manifest = {"format": FORMAT, "step": step, "files": files, **about}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
         for path in [*partial.iterdir(), partial]:
@@ -129,6 +130,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint {path}", f"it is not of format {FORMAT}", "Give a biokit checkpoint")
+    if not isinstance(manifest.get("files"), dict) or set(manifest["files"]) != set(FILES):
+        raise CheckpointError(
+            f"checkpoint {path}", f"its manifest does not name {', '.join(FILES)}", "Restore the folder from a copy"
+        )
     return manifest
 
 
@@ -142,7 +147,7 @@ def load_model(path: Path) -> tuple[nn.Module, SmilesTokenizer]:
     config = config_from_dict(saved.manifest["config"], where=str(path / MANIFEST))
     tokenizer = SmilesTokenizer.from_file(path / VOCABULARY)
     model = build_model(config, tokenizer.vocab_size)
-    check_tensors(path, saved.model, dict(model.named_parameters()))
+    check_tensors(path, saved.model, model.state_dict())
     model.load_state_dict(saved.model)
     return model.eval(), tokenizer
 
@@ -160,7 +165,7 @@ def remove_partial(folder: RunFolder) -> None:
 
 
 def check_tensors(path: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Compare names and shapes.
+    """Compare names, shapes and types.
 
     Raises:
         CheckpointError: a missing, extra or misshapen tensor; names up to five.
@@ -168,9 +173,9 @@ def check_tensors(path: Path, found: Mapping[str, torch.Tensor], expected: Mappi
     faults = [f"missing {name}" for name in expected if name not in found]
     faults += [f"extra {name}" for name in found if name not in expected]
     faults += [
-        f"{name} is {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
+        f"{name} is {_form(found[name])} instead of {_form(tensor)}"
         for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
+        if name in found and _form(found[name]) != _form(tensor)
     ]
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
@@ -179,6 +184,10 @@ def check_tensors(path: Path, found: Mapping[str, torch.Tensor], expected: Mappi
             f"its tensors do not fit the model: {'; '.join(faults[:5])}{more}",
             "Use the configuration that the checkpoint was made with (its manifest holds it)",
         )
+
+
+def _form(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _file_entry(path: Path) -> dict[str, Any]:

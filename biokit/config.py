@@ -150,10 +150,9 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         ConfigError: no such file, text that is not YAML, an unknown key, a wrong type, an impossible value.
     """
-    tree = _read_yaml(_find(source))
+    tree = _expand_aliases(_read_yaml(_find(source)), str(source))
     for text in overrides:
-        key, value = parse_override(text)
-        _set_dotted(tree, key, value)
+        _apply_override(tree, text)
     return config_from_dict(tree, where=str(source))
 
 
@@ -188,7 +187,7 @@ def config_hash(config: RunConfig) -> str:
 
 def valid_keys() -> list[str]:
     """Every dotted key of `RunConfig`, in order."""
-    return list(_leaf_keys(RunConfig))
+    return [key for key, _ in _leaf_types(RunConfig)]
 
 
 def packaged_configs() -> list[str]:
@@ -243,6 +242,24 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _apply_override(tree: dict[str, Any], text: str) -> None:
+    """Set one dotted key; text for a text key is taken as it stands (`run_dir=007`), other values are YAML."""
+    key, value = parse_override(text)
+    key = key.removeprefix("model.") if key.startswith("model.data.") else key
+    types = dict(_leaf_types(RunConfig))
+    if any(leaf.startswith(f"{key}.") for leaf in types):
+        raise ConfigError(
+            f'override "{text}"', f"{key} is a group of keys", f"Set one of them, e.g. {_first(key, types)}=..."
+        )
+    if types.get(key) is str:
+        value = text.partition("=")[2].strip()
+    _set_dotted(tree, key, value)
+
+
+def _first(group: str, types: Mapping[str, Any]) -> str:
+    return next(leaf for leaf in types if leaf.startswith(f"{group}."))
+
+
 def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     for name in parents:
@@ -254,22 +271,27 @@ def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _expand_aliases(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`model.data.*` is BioNeMo's place for `data.*`; the same key in both is refused unless equal."""
+    """`model.data.*` is BioNeMo's place for `data.*`; a key in both places with two values is refused."""
     tree = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
     model = tree.get("model")
     if isinstance(model, dict) and "data" in model:
         alias = model.pop("data")
-        if not isinstance(alias, Mapping):
-            raise ConfigError(where, "model.data is not a group of keys", "Write data.dataset_path=...")
-        tree["data"] = _merge(tree.get("data") or {}, alias)
+        data = tree.get("data") or {}
+        if not isinstance(alias, Mapping) or not isinstance(data, Mapping):
+            raise ConfigError(where, "data or model.data is not a group of keys", "Write data: {dataset_path: ...}")
+        tree["data"] = _merge(data, alias, where)
     return tree
 
 
-def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(base: Mapping[str, Any], alias: Mapping[str, Any], where: str) -> dict[str, Any]:
     merged = dict(base)
-    for key, value in top.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    for key, value in alias.items():
+        old = merged.get(key, value)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = _merge(old, value, where)
+        elif old != value:
+            raise ConfigError(where, f"data.{key} is {old!r} and model.data.{key} is {value!r}", "Keep one of them")
+        merged[key] = value
     return merged
 
 
@@ -305,7 +327,8 @@ def _checked(value: Any, hint: type, metadata: Mapping[str, Any], dotted: str, w
     if "choices" in metadata and value not in metadata["choices"]:
         raise ConfigError(where, f"{dotted} is {value!r}", f"Valid: {', '.join(metadata['choices'])}")
     low, high = metadata.get("bounds", (None, None))
-    if low is not None and not low <= value <= high:
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if low is not None and not (finite and low <= value <= high):
         raise ConfigError(where, f"{dotted} is {value!r}", f"Valid: {low} to {high}")
     return value
 
@@ -319,9 +342,14 @@ def _as_float(value: int | str) -> float | str:
 
 def _validate(config: RunConfig, where: str) -> None:
     """Relations between keys that a single key's bounds cannot express."""
-    train = config.train
-    if not math.isfinite(train.lr):
-        raise ConfigError(where, f"train.lr is {train.lr}", "Give a finite learning rate")
+    train, data = config.train, config.data
+    if train.early_stopping_patience and not train.eval_interval:
+        found = f"train.early_stopping_patience={train.early_stopping_patience} with train.eval_interval=0"
+        raise ConfigError(where, f"{found} would never be looked at", "Give eval_interval, e.g. 100")
+    if data.task != "aug" and data.mask_scheme == "span" and not data.span_lambda:
+        raise ConfigError(
+            where, "data.span_lambda=0 would draw empty spans for ever", "Give a mean length above 0, e.g. 3"
+        )
     if train.min_lr > train.lr:
         raise ConfigError(where, f"train.min_lr={train.min_lr} exceeds train.lr={train.lr}", "Give min_lr <= lr")
     if train.global_batch_size % train.micro_batch_size:
@@ -332,7 +360,7 @@ def _validate(config: RunConfig, where: str) -> None:
             f"train.global_batch_size={train.global_batch_size}",
             f"Valid micro batches: {', '.join(map(str, divisors))}",
         )
-    if 0 < config.data.max_tokens < config.data.max_length:
+    if 0 < data.max_tokens < data.max_length:
         raise ConfigError(
             where,
             f"data.max_tokens={config.data.max_tokens} is less than data.max_length={config.data.max_length}",
@@ -340,14 +368,14 @@ def _validate(config: RunConfig, where: str) -> None:
         )
 
 
-def _leaf_keys(cls: type, prefix: str = "") -> Iterable[str]:
+def _leaf_types(cls: type, prefix: str = "") -> Iterable[tuple[str, type]]:
     hints = typing.get_type_hints(cls)
     for f in fields(cls):
         hint = hints[f.name]
         if is_dataclass(hint):
-            yield from _leaf_keys(typing.cast(type, hint), f"{prefix}{f.name}.")
+            yield from _leaf_types(typing.cast(type, hint), f"{prefix}{f.name}.")
         else:
-            yield f"{prefix}{f.name}"
+            yield f"{prefix}{f.name}", hint
 
 
 def _group(cls: Any, prefix: str) -> str:

@@ -14,9 +14,7 @@ from pathlib import Path
 
 from biokit.errors import DataError
 
-_RDKIT_LICENCE = (
-    "distributed with RDKit (BSD-3-Clause); the licence of the measurements themselves is not stated there"
-)
+_RDKIT_LICENCE = "distributed with RDKit (BSD-3-Clause); the licence of the measurements themselves is not stated there"
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,13 +52,13 @@ def sample_molecules(
     top_k: int = 0,
     top_p: float = 1.0,
     temperature: float = 1.0,
-    max_length: int = 128,
+    max_length: int = 0,
     seed: int = 1234,
 ) -> tuple[list[str], list[float]]:
     """Decode one molecule a row of encoder inputs.
 
     Unused, property and special tokens are never emitted (end excepted). A row that reaches `max_length` tokens
-    without an end is returned as it stands.
+    without an end is returned as it stands. The model is left in evaluation mode.
 
     Args:
         src_BS: encoder inputs (begin ... end, padded with 0), masked or not.
@@ -66,14 +66,21 @@ def sample_molecules(
         top_k: keep the k likeliest tokens; 0: all.
         top_p: keep the likeliest tokens up to this probability mass, in (0, 1].
         temperature: divides the logits, > 0.
+        max_length: tokens a molecule, end included; 0: as many as the model has positions.
 
     Returns:
-        SMILES, and the log-likelihood (nats) of each under the unfiltered model at temperature 1.
+        SMILES, and the log-likelihood (nats) of each at temperature 1, before top-k and top-p, over the tokens that
+        may be emitted.
 
     Raises:
-        ConfigError: a value outside its range.
+        ConfigError: a value outside its range. DataError: an input longer than the model's positions.
     """
-    _check_sampling(sampling_alg, top_k, top_p, temperature, max_length)
+    num_positions = model.embed.embedding.num_positions
+    max_length = max_length or num_positions
+    _check_sampling(sampling_alg, top_k, top_p, temperature, max_length, num_positions)
+    if src_BS.shape[1] > num_positions:
+        found = f"{src_BS.shape[1]} tokens, begin and end included, and the model has {num_positions} positions"
+        raise DataError("decode molecules", found, "Leave out the long ones, or train with a larger data.max_length")
     model.eval()
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -122,7 +129,10 @@ def sample_like(
 
     Raises:
         DataError: the loader's part holds no molecule.
+        ConfigError: num_samples below 1, or a value outside its range.
     """
+    if num_samples < 1:
+        raise ConfigError(f"num_samples={num_samples}", "it is out of range", "Give 1 or more")
     if not len(loader):
         raise DataError(f"sample like {loader.store.prefix}", "it holds no molecule", "Check the split")
     samples: list[str] = []
@@ -152,16 +162,17 @@ def filter_logits(logits_BV: torch.Tensor, top_k: int, top_p: float) -> torch.Te
     return logits_BV
 
 
-def _check_sampling(sampling_alg: str, top_k: int, top_p: float, temperature: float, max_length: int) -> None:
+def _check_sampling(
+    sampling_alg: str, top_k: int, top_p: float, temperature: float, max_length: int, num_positions: int
+) -> None:
     if sampling_alg not in SAMPLING_ALGS:
         raise ConfigError(f"sampling_alg={sampling_alg}", "it is not known", f"Valid: {', '.join(SAMPLING_ALGS)}")
     for name, value, valid in (
         ("top_k", top_k, top_k >= 0),
         ("top_p", top_p, 0 < top_p <= 1),
         ("temperature", temperature, temperature > 0),
-        ("max_length", max_length, max_length >= 1),
+        ("max_length", max_length, 1 <= max_length <= num_positions),
     ):
         if not valid:
-            raise ConfigError(
-                f"{name}={value}", "it is out of range", "Give top_k >= 0, 0 < top_p <= 1, temperature > 0"
-            )
+            ranges = f"top_k >= 0, 0 < top_p <= 1, temperature > 0, 0 < max_length <= {num_positions}"
+            raise ConfigError(f"{name}={value}", "it is out of range", f"Give {ranges}")

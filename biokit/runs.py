@@ -6,19 +6,20 @@ Layout (only this module knows it):
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from biokit.errors import RunError
 
 STEP_DIGITS = 8
+LEFTOVER = ".partial"
 
 
 class RunFolder:
@@ -86,21 +87,34 @@ class RunFolder:
     def clear_stop(self) -> None:
         self.stop_file.unlink(missing_ok=True)
 
-    @contextmanager
+    @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run for one trainer; the lock ends with the process, however it ends.
 
         Raises:
             RunError: another process holds it.
         """
-        with (self.path / ".lock").open("w") as file:
+        asked = f"run {self.path}"
+        try:
+            file = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise RunError(asked, f"it cannot be locked ({error})", "Give a run_dir that can be written") from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                found = "another process is training in it"
+                raise RunError(asked, found, "Wait, stop it, or give another run_dir") from error
             except OSError as error:
-                raise RunError(
-                    f"run {self.path}", "another process is training in it", "Wait, stop it, or give another run_dir"
-                ) from error
+                raise RunError(asked, f"it cannot be locked ({error})", "Give a run_dir on another disk") from error
+            self._remove_leftovers()
             yield
+
+    def _remove_leftovers(self) -> None:
+        """Small files that a killed process was writing."""
+        for folder in (self.path, self.metrics_file().parent):
+            for path in folder.glob(f".*{LEFTOVER}"):
+                path.unlink()
 
     def write_config(self, text: str) -> None:
         write_atomically(self.config_file, text)
@@ -149,18 +163,29 @@ class MetricsWriter:
         self._file: IO[str] = path.open("a")
 
     def write(self, line: dict[str, Any]) -> None:
-        """Write one line with the wall-clock `time` (unix seconds) added; it reaches the operating system at once."""
-        self._file.write(json.dumps({**line, "time": round(time.time(), 3)}) + "\n")
-        self._file.flush()
+        """Write one line with the wall-clock `time` (unix seconds) added; it reaches the operating system at once.
+
+        Raises:
+            RunError: the disk is full, or the file cannot be written.
+        """
+        try:
+            self._file.write(json.dumps({**line, "time": round(time.time(), 3)}, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            found = f"it cannot be written ({error})"
+            raise RunError(
+                f"metrics {self._file.name}", found, "Free disk space and start again: the run resumes"
+            ) from error
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take was said by `write`
+            self._file.close()
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small text file in one step: readers see the old or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=LEFTOVER)
     try:
         with os.fdopen(handle, "w") as file:
             file.write(text)

@@ -6,14 +6,13 @@ writes metrics, checkpoints and the manifest there. Loss curves are bitwise the 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
-import signal
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -33,15 +32,19 @@ from biokit.checkpoint import (
 from biokit.config import RunConfig, config_hash, config_to_dict, config_to_yaml
 from biokit.data.batching import micro_slices
 from biokit.data.molecules import MoleculeLoader, open_part
-from biokit.errors import BiokitError, CheckpointError, ConfigError, EngineError, RunError
+from biokit.errors import BiokitError, CheckpointError, ConfigError, DataError, RunError
 from biokit.generate import sample_molecules
 from biokit.models import build_model, find_model
-from biokit.models.molbart import MolBART
+from biokit.models.molbart import MOLBART, MolBART
 from biokit.parallel.strategy import TokenSums, find_strategy
-from biokit.reporting import open_tensorboard, progress_bar, write_tensorboard
+from biokit.process import choose_device, deterministic, interrupted_by_sigterm, kept_threads, stop_signals
+from biokit.reporting import ProgressBar, open_tensorboard, progress_bar, write_tensorboard
 from biokit.runs import MetricsWriter, RunFolder
 from biokit.schedules import learning_rate
 from biokit.tokenizers import SmilesTokenizer
+
+FIXED = ("seed", "strategy", "model.", "data.", "train.global_batch_size")  # a resumed run may not change these,
+FREE = ("data.dataset_path", "data.dataset.", "data.store_dir", "data.num_workers")  # but where its data lie
 
 
 @dataclass
@@ -58,7 +61,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     """Train as configured; returns the manifest (`status`: `preprocessed`, `finished` or `stopped`).
 
     A STOP file in the run folder, SIGTERM and the first SIGINT save a checkpoint at the next step boundary and end
-    with the status `stopped`.
+    with the status `stopped`. The curve is bitwise the same however often the run was killed and started again, with
+    the same number of threads.
 
     Raises:
         BiokitError: bad input, an impossible configuration, a checkpoint that does not fit, a loss that is not finite.
@@ -66,16 +70,23 @@ def train(config: RunConfig) -> dict[str, Any]:
     folder = RunFolder(config.run_dir)
     find_model(config.model.name).resolve(config.model)
     find_strategy(config.strategy)
+    choose_device(config.train.device)
     folder.create()
-    with folder.lock():
+    with folder.lock(), kept_threads():
+        folder.clear_stop()
         try:
-            store_dir = prepare_data(config)
+            with interrupted_by_sigterm():
+                store_dir = prepare_data(config)
             if not config.do_training:
                 return folder.update_manifest(status="preprocessed", store_dir=str(store_dir))
             return Trainer(config, folder, store_dir).run()
+        except KeyboardInterrupt:
+            folder.update_manifest(status="stopped")
+            raise
         except BaseException as error:
             reason = str(error) if isinstance(error, BiokitError) else traceback.format_exc(limit=-3)
-            folder.update_manifest(status="failed", error=reason)
+            with contextlib.suppress(OSError):  # a full disk must not hide the error itself
+                folder.update_manifest(status="failed", error=reason)
             raise
 
 
@@ -100,20 +111,26 @@ class Trainer:
 
     def __init__(self, config: RunConfig, folder: RunFolder, store_dir: Path) -> None:
         self.config, self.folder = config, folder
+        self.spec = find_model(config.model.name)
         if config.train.num_threads:
             torch.set_num_threads(config.train.num_threads)
         self.device = choose_device(config.train.device)
         self.tokenizer = SmilesTokenizer.from_file(store_dir / "vocab.txt")
         self.train_loader = self._loader(store_dir, "train")
         self.val_loader = self._loader(store_dir, "val")
-        self.hidden_size: int = find_model(config.model.name).resolve(config.model)["hidden_size"]
+        if config.train.early_stopping_patience and not len(self.val_loader):
+            raise DataError("train.early_stopping_patience", "the val part holds no molecule", "Check data.split")
+        self.hidden_size: int = self.spec.resolve(config.model)["hidden_size"]
         model = build_model(config, self.tokenizer.vocab_size)
-        self.strategy = find_strategy(config.strategy)(model, config.train, self.tokenizer.pad_id, self.device)
+        self.strategy = find_strategy(config.strategy)(
+            model, config.train, self.tokenizer.pad_id, self.device, self.spec.batch_keys
+        )
         self.progress = Progress()
         self.about = {
             "config": config_to_dict(config),
             "config_hash": config_hash(config),
             "vocab_hash": self.tokenizer.hash,
+            "data_hash": self.train_loader.store.manifest_hash,
             "layout": {"strategy": config.strategy, "world_size": 1, "tensor": 1, "pipeline": 1, "data": 1},
         }
         self.resumed_from = self._resume()
@@ -121,73 +138,73 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the end, or until asked to stop; returns the manifest."""
         config, folder = self.config, self.folder
-        folder.clear_stop()
         folder.write_config(config_to_yaml(config))
         folder.write_manifest(self._manifest("running"))
         metrics = MetricsWriter(folder, resume_step=self.progress.step)
-        board = open_tensorboard(config, folder, self.progress.step)
+        self.board = open_tensorboard(config, folder, self.progress.step)
         try:
             with (
                 stop_signals() as signalled,
                 deterministic(self.device),
                 progress_bar(config, self.progress.step) as bar,
             ):
-                status = self._loop(metrics, board, bar, lambda: bool(signalled) or folder.stop_requested())
+                status = self._loop(metrics, bar, lambda: bool(signalled) or folder.stop_requested())
         finally:
             metrics.close()
-            if board is not None:
-                board.close()
+            if self.board is not None:
+                self.board.close()
         folder.clear_stop()
         return folder.update_manifest(**self._manifest(status))
 
-    def _loop(self, metrics: MetricsWriter, board: Any, bar: Any, stopping: Callable[[], bool]) -> str:
-        train = self.config.train
-        batches = self.train_loader.batches(self.progress.position)
-        while self.progress.step < train.train_iters:
-            line = self._train_step(*next(batches))
-            step, last = self.progress.step, self.progress.step == train.train_iters
-            stop = stopping()
-            if last or (train.eval_interval and step % train.eval_interval == 0):
-                line |= self._evaluate()
-            early = 0 < train.early_stopping_patience <= self.progress.evaluations_since_best
-            if last or stop or early or step % train.log_interval == 0 or "val_loss" in line:
-                metrics.write(line)
-                write_tensorboard(board, line)
-            bar.update(loss=line["loss"], lr=line["lr"], val_loss=line.get("val_loss"))
-            if last or stop or early or (train.save_interval and step % train.save_interval == 0):
-                self.save()
-            if stop:
-                return "stopped"
-            if early:
-                break
+    def _loop(self, metrics: MetricsWriter, bar: ProgressBar, stopping: Callable[[], bool]) -> str:
+        train, progress = self.config.train, self.progress
+        with contextlib.closing(self.train_loader.batches(progress.position)) as batches:
+            while progress.step < train.train_iters and not self._stopped_early():
+                if stopping():
+                    if progress.step > self.resumed_from:
+                        self.save()
+                    return "stopped"
+                line = self._train_step(batches)
+                step, last = progress.step, progress.step == train.train_iters
+                if last or (train.eval_interval and step % train.eval_interval == 0):
+                    line |= self._evaluate()
+                best = train.early_stopping_patience > 0 and line.get("val_loss") == progress.best_val_loss
+                ends = last or self._stopped_early()
+                if ends or step % train.log_interval == 0 or "val_loss" in line:
+                    metrics.write(line)
+                    write_tensorboard(self.board, line)
+                bar.update(loss=line["loss"], lr=line["lr"], val_loss=line.get("val_loss"))
+                if ends or best or (train.save_interval and step % train.save_interval == 0):
+                    self.save()
         return "finished"
 
-    def _train_step(self, batch: Mapping[str, np.ndarray], position: dict[str, int]) -> dict[str, Any]:
+    def _stopped_early(self) -> bool:
+        return 0 < self.config.train.early_stopping_patience <= self.progress.evaluations_since_best
+
+    def _train_step(self, batches: Iterator[tuple[dict[str, np.ndarray], dict[str, int]]]) -> dict[str, Any]:
         """One update over a global batch; returns its metrics line."""
         started = time.perf_counter()
         train, step = self.config.train, self.progress.step + 1
+        epoch = self.progress.position["epoch"] if self.progress.position else 0
+        batch, position = next(batches)
         num_valid = int((batch["labels"] != self.tokenizer.pad_id).sum())
-        sums = TokenSums()
-        for index, micro in enumerate(micro_batches(batch, train.micro_batch_size, self.tokenizer.pad_id)):
-            dropout_seed = (self.config.seed * 1_000_003 + step) * 65_537 + index
-            sums += self.strategy.backward(micro, 1.0 / num_valid, dropout_seed)
-        loss = sums.loss / num_valid
-        if not math.isfinite(loss) and train.precision != "fp16":
-            raise RunError(f"step {step}", f"the loss is {loss}", "Lower train.lr, or look at the batch's molecules")
+        micros = self._micro_batches(batch)
+        seeds = [(self.config.seed * 1_000_003 + step) * 65_537 + index for index in range(len(micros))]
         lr = learning_rate(train, step, self.hidden_size)
-        grad_norm, skipped = self.strategy.step(lr)
+        done = self.strategy.train_batch(micros, num_valid, seeds, lr)
         self.progress.step, self.progress.position = step, position
         seconds = time.perf_counter() - started
-        num_tokens = sum(int((batch[key] != self.tokenizer.pad_id).sum()) for key in ("encoder_ids", "decoder_ids"))
+        num_tokens = sum(int((batch[key] != self.tokenizer.pad_id).sum()) for key in self.spec.batch_keys[:-1])
+        loss = done.sums.loss / num_valid
         return {
             "step": step,
-            "epoch": position["epoch"],
+            "epoch": epoch,
             "loss": loss,
-            "token_accuracy": sums.num_correct / num_valid,
+            "token_accuracy": done.sums.num_correct / num_valid,
             "perplexity": math.exp(min(loss, 700.0)),
             "lr": lr,
-            "grad_norm": grad_norm,
-            "skipped": skipped,
+            "grad_norm": None if done.skipped else done.grad_norm,
+            "skipped": done.skipped,
             "num_tokens": num_tokens,
             "tokens_per_s": num_tokens / seconds,
             "samples_per_s": len(batch["labels"]) / seconds,
@@ -196,12 +213,14 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         """Loss, accuracy and perplexity on the val part, and molecule metrics where asked for."""
         limit = self.config.train.eval_iters or sys.maxsize
-        sums, sources = TokenSums(), []
-        for index, batch in enumerate(self.val_loader.epoch()):
-            if index == limit:
-                break
-            sums += self.strategy.evaluate(as_tensors(batch))
-            sources.append(batch)
+        wanted = self.config.train.eval_molecules
+        sums = TokenSums()
+        decoded: list[dict[str, np.ndarray]] = []
+        for batch in itertools.islice(self.val_loader.epoch(), limit):
+            for micro in self._micro_batches(batch):
+                sums += self.strategy.evaluate(micro)
+            if sum(len(b["labels"]) for b in decoded) < wanted:
+                decoded.append(batch)
         if not sums.num_valid:
             return {}
         loss = sums.loss / sums.num_valid
@@ -213,12 +232,12 @@ class Trainer:
             "val_token_accuracy": sums.num_correct / sums.num_valid,
             "val_perplexity": math.exp(min(loss, 700.0)),
         }
-        return line | self._evaluate_molecules(sources)
+        return line | self._evaluate_molecules(decoded)
 
     def _evaluate_molecules(self, batches: list[dict[str, np.ndarray]]) -> dict[str, float]:
         """Greedy decoding of `train.eval_molecules` val molecules: exact canonical matches, invalid fraction."""
         wanted = self.config.train.eval_molecules
-        if not wanted:
+        if not wanted or not batches:
             return {}
         from biokit.chem.scores import exact_match_and_invalid
 
@@ -226,8 +245,6 @@ class Trainer:
         targets: list[str] = []
         for batch in batches:
             num = min(wanted - len(targets), len(batch["labels"]))
-            if not num:
-                break
             src_BS = torch.from_numpy(batch["encoder_ids"][:num])
             model = cast(MolBART, self.strategy.model)
             predicted += sample_molecules(model, self.tokenizer, src_BS, max_length=self.config.data.max_length)[0]
@@ -237,6 +254,8 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this step."""
+        if self.board is not None:
+            self.board.flush()
         state = {**vars(self.progress), "scaler": self.strategy.scaler_state()}
         if math.isinf(self.progress.best_val_loss):
             state["best_val_loss"] = None
@@ -268,25 +287,30 @@ class Trainer:
         return self.progress.step
 
     def _check_fits(self, path: Path, saved: Checkpoint) -> None:
-        if saved.manifest["vocab_hash"] != self.tokenizer.hash:
-            raise CheckpointError(
-                f"checkpoint {path}",
-                "it was made with another vocabulary",
-                "Give the run its own data, or another run_dir",
-            )
+        asked = f"resume from {path}"
+        for key, what in (("vocab_hash", "another vocabulary"), ("data_hash", "other molecules")):
+            if saved.manifest[key] != self.about[key]:
+                raise CheckpointError(
+                    asked, f"it was made with {what}", "Give the run its own data, or another run_dir"
+                )
         old, new = flatten(saved.manifest["config"]), flatten(config_to_dict(self.config))
-        fixed = ("seed", "strategy", "model.", "data.")
         differing = [
-            key for key in new if key.startswith(fixed) and old.get(key) != new[key] and key != "data.num_workers"
+            key for key in new if key.startswith(FIXED) and not key.startswith(FREE) and old.get(key) != new[key]
         ]
         if differing:
             changes = ", ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in differing)
             raise ConfigError(
-                f"resume from {path}",
-                f"the configuration differs ({changes})",
-                "Undo the change, or give another run_dir",
+                asked, f"the configuration differs ({changes})", "Undo the change, or give another run_dir"
             )
+        step, wanted = saved.state["step"], self.config.train.train_iters
+        if step > wanted:
+            raise ConfigError(asked, f"it is at step {step}, beyond train.train_iters={wanted}", "Raise train_iters")
         check_tensors(path, saved.model, self.strategy.model_state())
+        check_tensors(path, saved.optimizer, self.strategy.optimizer_template())
+
+    def _micro_batches(self, batch: Mapping[str, np.ndarray]) -> list[dict[str, torch.Tensor]]:
+        size, pad_id = self.config.train.micro_batch_size, self.tokenizer.pad_id
+        return list(micro_batches(batch, size, pad_id, self.spec.batch_keys))
 
     def _loader(self, store_dir: Path, part: str) -> MoleculeLoader:
         store, molecules = open_part(store_dir, part, self.config.data)
@@ -313,31 +337,17 @@ class Trainer:
         }
 
 
-def choose_device(asked: str) -> torch.device:
-    """`auto` takes CUDA where there is one.
-
-    Raises:
-        EngineError: CUDA asked for and not there.
-    """
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise EngineError(
-            "train.device=cuda", "torch sees no CUDA device", "Give train.device=cpu, or see `biokit doctor`"
-        )
-    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def micro_batches(batch: Mapping[str, np.ndarray], size: int, pad_id: int) -> Iterator[dict[str, torch.Tensor]]:
+def micro_batches(
+    batch: Mapping[str, np.ndarray], size: int, pad_id: int, keys: Sequence[str]
+) -> Iterator[dict[str, torch.Tensor]]:
     """Cut a global batch into micro-batches of `size` rows, each without columns that are padding only."""
-    for rows in micro_slices(len(batch["labels"]), size):
-        yield as_tensors({key: trim(batch[key][rows], pad_id) for key in BATCH_KEYS})
+    for rows in micro_slices(len(batch[keys[-1]]), size):
+        yield as_tensors({key: trim(batch[key][rows], pad_id) for key in keys}, keys)
 
 
-BATCH_KEYS = ("encoder_ids", "decoder_ids", "labels")
-
-
-def as_tensors(batch: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+def as_tensors(batch: Mapping[str, np.ndarray], keys: Sequence[str] = MOLBART.batch_keys) -> dict[str, torch.Tensor]:
     """The model's arrays of a batch as tensors."""
-    return {key: torch.from_numpy(np.ascontiguousarray(batch[key])) for key in BATCH_KEYS}
+    return {key: torch.from_numpy(np.ascontiguousarray(batch[key])) for key in keys}
 
 
 def trim(ids_BT: np.ndarray, pad_id: int) -> np.ndarray:
@@ -352,35 +362,3 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and the first SIGINT (a second one interrupts at once); only in the main thread."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def note(number: int, _frame: Any) -> None:
-        if number == signal.SIGINT and received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    old = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def deterministic(device: torch.device) -> Iterator[None]:
-    """Deterministic algorithms on the CPU, for as long as a run lasts."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(before or device.type == "cpu")
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)

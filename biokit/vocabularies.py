@@ -80,7 +80,8 @@ def read_json(path: Path) -> tuple[tuple[str, ...], int, tuple[str, ...]]:
     written = _take(properties, "regex", str, path)
     derived = smiles_regex(tokens[len(names) : chem_start])
     if written.replace("\\", "") != derived.replace("\\", ""):  # published files escape some tokens, not all
-        at = next((i for i, (a, b) in enumerate(zip(written, derived, strict=False)) if a != b), min(len(written), len(derived)))
+        pairs = enumerate(zip(written, derived, strict=False))
+        at = next((i for i, (a, b) in pairs if a != b), min(len(written), len(derived)))
         raise DataError(
             f"{path} properties.regex",
             f"it is not the expression of this vocabulary: {written[at : at + 30]!r} stands for "

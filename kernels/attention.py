@@ -56,7 +56,7 @@ def attention_sdpa(
 def implementation(device: torch.device | str, dtype: torch.dtype, dropout_p: float = 0.0) -> str:
     """Name of the implementation that runs: `reference` (plain matmul and softmax) or `sdpa`.
 
-    On the CPU torch has a fused form only for fp32 without dropout; elsewhere the plain form is faster there.
+    On the CPU the plain form is faster in bf16, and wherever dropout keeps torch from its fused form.
     """
     plain_is_faster = torch.device(device).type == "cpu" and (dtype == torch.bfloat16 or dropout_p > 0)
     return "reference" if reference_forced() or plain_is_faster else "sdpa"

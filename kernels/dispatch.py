@@ -17,8 +17,8 @@ def reference_forced() -> bool:
 
 @functools.cache
 def has_apex() -> bool:
-    """True when NVIDIA apex is importable (the package index has another package of that name)."""
+    """True when NVIDIA apex with its compiled layer norm is importable (the index has another package of that name)."""
     try:
-        return importlib.util.find_spec("apex.normalization") is not None
-    except (ImportError, ValueError):
+        return all(importlib.util.find_spec(name) for name in ("apex.normalization", "fused_layer_norm_cuda"))
+    except Exception:  # a broken installation may raise anything while its parent package is imported
         return False

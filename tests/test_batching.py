@@ -67,6 +67,14 @@ def test_plans_are_pure_and_differ_by_seed_and_epoch():
         assert not groups(1, 0, buckets) & groups(2, 0, buckets)
 
 
+def test_lengths_beyond_16_bits_are_planned_alike():
+    decoder = np.random.default_rng(0).integers(5, 60, 2000)
+    encoder = decoder - np.random.default_rng(1).integers(0, 5, 2000)
+    small = plan_epoch(decoder, 0, 0, batch_size=16, encoder_lengths=encoder)
+    large = plan_epoch(decoder * 4096, 0, 0, batch_size=16, encoder_lengths=encoder * 4096)
+    assert [batch.tolist() for batch in small] == [batch.tolist() for batch in large]
+
+
 def test_batches_come_in_random_order_and_anyone_may_be_in_the_small_one():
     lengths = np.arange(1, 102)
     last, firsts = [], []

@@ -117,7 +117,8 @@ def test_a_finished_checkpoint_is_never_written_again(folder):
     [
         ({"b": MODEL["b"]}, "missing a.weight"),
         ({**MODEL, "c": torch.ones(1)}, "extra c"),
-        ({**MODEL, "b": torch.ones(6)}, r"b is \(6,\) instead of \(5,\)"),
+        ({**MODEL, "b": torch.ones(6, dtype=torch.bfloat16)}, r"b is \(6,\) bfloat16 instead of \(5,\) bfloat16"),
+        ({**MODEL, "b": torch.ones(5)}, r"b is \(5,\) float32 instead of \(5,\) bfloat16"),
     ],
 )
 def test_unfitting_tensors_are_named(tmp_path, found, words):

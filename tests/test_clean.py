@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -167,6 +168,24 @@ def test_a_dead_or_hung_worker_costs_its_row(dying: str) -> None:
         ([[ENDED]], b""),
         ([["interrupt" * 2]], b"x"),
     ]
+
+
+def test_an_interrupt_while_a_worker_starts_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Watched(subprocess.Popen):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+    def interrupt(pipe: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("biokit.data.guarded.subprocess.Popen", Watched)
+    monkeypatch.setattr("biokit.data.guarded.read_frame", interrupt)
+    with pytest.raises(KeyboardInterrupt), GuardedPool("biokit.data.clean_worker", {}, 1, failed=lambda why: [why]):
+        pass
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
 
 
 def test_a_worker_that_cannot_start_is_told(dying: str) -> None:

@@ -56,7 +56,15 @@ def test_overrides_and_bionemo_forms():
         ({"train": {"precision": "fp8"}}, ["Valid: fp32, bf16, fp16"]),
         ({"train": 3}, ["train is 3", "group of keys"]),
         ({"data": {"max_tokens": 10, "max_length": 20}}, ["max_tokens=10 is less than"]),
-        ({"model": {"data": 3}}, ["model.data is not a group"]),
+        ({"model": {"data": 3}}, ["data or model.data is not a group"]),
+        ({"data": 3, "model": {"data": {"task": "aug"}}}, ["data or model.data is not a group"]),
+        (
+            {"data": {"task": "mask"}, "model": {"data": {"task": "aug"}}},
+            ["data.task is 'mask' and model.data.task is 'aug'"],
+        ),
+        ({"train": {"early_stopping_patience": 3}}, ["eval_interval=0"]),
+        ({"train": {"weight_decay": float("inf")}}, ["train.weight_decay is inf"]),
+        ({"data": {"span_lambda": 0}}, ["span_lambda=0"]),
     ],
 )
 def test_refused(tree, words):
@@ -70,6 +78,23 @@ def test_refused(tree, words):
 def test_bad_overrides(text):
     with pytest.raises(ConfigError):
         parse_override(text)
+
+
+def test_text_keys_are_taken_as_they_stand():
+    texts = ["run_dir=007", "data.dataset_path=2024-01-01", "data.vocab_file=12_3", "data.dataset.train=x[00..09]"]
+    config = load_config("molbart_mini", texts)
+    found = (config.run_dir, config.data.dataset_path, config.data.vocab_file, config.data.dataset.train)
+    assert found == ("007", "2024-01-01", "12_3", "x[00..09]")
+
+
+def test_the_last_override_counts_under_either_name():
+    assert load_config("molbart_mini", ["model.data.pool=7", "data.pool=5"]).data.pool == 5
+    assert load_config("molbart_mini", ["data.pool=5", "model.data.pool=7"]).data.pool == 7
+
+
+def test_a_group_cannot_be_overridden_whole():
+    with pytest.raises(ConfigError, match="group of keys"):
+        load_config("molbart_mini", ["train={lr: 1}"])
 
 
 def test_override_below_a_value_is_refused():

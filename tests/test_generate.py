@@ -81,7 +81,7 @@ def test_filters_by_hand():
 
 @pytest.mark.parametrize(
     "keys",
-    [{"sampling_alg": "best"}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"temperature": 0.0}, {"max_length": 0}],
+    [{"sampling_alg": "best"}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"temperature": 0.0}, {"max_length": 65}],
 )
 def test_impossible_sampling(model, keys):
     with pytest.raises(ConfigError):
@@ -94,6 +94,13 @@ def test_impossible_sampling(model, keys):
 def test_impossible_input(smiles, words):
     with pytest.raises(DataError, match=words):
         encode_smiles(TOKENIZER, smiles)
+
+
+def test_too_long_an_input_and_no_samples(model):
+    with pytest.raises(DataError, match="66 tokens"):
+        sample_molecules(model, TOKENIZER, encode_smiles(TOKENIZER, ["C" * 64]), max_length=9)
+    with pytest.raises(ConfigError, match="num_samples=0"):
+        sample_like(model, TOKENIZER, [1], 0)
 
 
 def test_encoded_rows():

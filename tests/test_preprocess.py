@@ -150,6 +150,67 @@ def test_a_named_data_set_and_a_slip(tmp_path: Path) -> None:
         run(DataConfig(dataset_path=str(tmp_path / "nothing.csv")), tmp_path / "out2")
 
 
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("", "it is empty"),
+        (",", "no file is named"),
+        ("x" * 300 + ".csv", "cannot be reached"),
+        ("a\0b.csv", "not exist"),
+    ],
+)
+def test_paths_that_cannot_be(tmp_path: Path, path: str, found: str) -> None:
+    with pytest.raises(DataError, match=found):
+        run(DataConfig(dataset_path=path), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_permission_is_told(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)  # root may read everything
+    with pytest.raises(DataError, match=r"cannot be reached \(Permission denied\)"):
+        find_sources(DataConfig(dataset_path=str(tmp_path)))
+
+
+def test_a_file_in_two_parts_is_refused(tmp_path: Path) -> None:
+    for number in range(3):
+        write_table(tmp_path / f"x{number}.csv", ["CC"])
+    data = DataConfig(dataset_path=str(tmp_path), dataset=DatasetConfig(train="x[0..1]", val="x1"))
+    with pytest.raises(DataError, match=r"a file stands in two parts: .*x1\.csv"):
+        find_sources(data)
+
+
+def test_some_files_with_a_split_column_and_some_without(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("smiles,set\nCCO,train\nCCN,test\n")
+    write_table(tmp_path / "b.csv", ["CCC"])
+    data = DataConfig(dataset_path=str(tmp_path))
+    with pytest.raises(DataError, match=r"b\.csv has no split column, other files have one"):
+        run(data, tmp_path / "out")
+    data.split = "random"
+    assert sum(run(data, tmp_path / "out").molecules.values()) == 3
+
+
+def test_a_vocabulary_that_the_stores_cannot_keep_is_refused_first(table: Path, tmp_path: Path) -> None:
+    special = ("[P]", "[U]", "[S]", "[E]", "[M]", "[SEP]")
+    SmilesTokenizer((*special, "C", "O"), 6, special).save(tmp_path / "v.json")
+    data = DataConfig(dataset_path=str(table), vocab_file=str(tmp_path / "v.json"), smiles_column="nope")
+    with pytest.raises(DataError, match=r"data\.vocab_file .*v\.json: the token stores keep it as vocab\.txt"):
+        run(data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["report.json", "preprocess.json"])
+@pytest.mark.parametrize("content", ["[]", "{", "{}"])
+def test_a_finished_folder_with_a_damaged_file_is_told(table: Path, tmp_path: Path, name: str, content: str) -> None:
+    data = DataConfig(dataset_path=str(table))
+    run(data, tmp_path / "out")
+    (tmp_path / "out" / name).write_text(content)
+    with pytest.raises(DataError, match="cannot be read"):
+        run(data, tmp_path / "out")
+
+
 def test_a_finished_folder_is_used_again(table: Path, tmp_path: Path) -> None:
     data, out = DataConfig(dataset_path=str(table)), tmp_path / "out"
     first = run(data, out)
@@ -208,8 +269,12 @@ def test_a_failure_leaves_nothing(table: Path, tmp_path: Path, change: dict, err
 
 def test_no_molecule_left(tmp_path: Path) -> None:
     table = write_table(tmp_path / "m.csv", ["C1CC(", "xyz"])
-    with pytest.raises(DataError, match="no molecule is left of 2 rows"):
+    with pytest.raises(DataError, match="no molecule is left of 2 rows") as caught:
         run(DataConfig(dataset_path=str(table)), tmp_path / "out")
+    assert 'the first: m.csv row 2 "C1CC(" cannot be parsed' in caught.value.found
+    table.write_text("smiles,fold\nCCO,a\n")
+    with pytest.raises(DataError, match=r'it says "a"\)\. Check the file and data\.split_column'):
+        run(DataConfig(dataset_path=str(table), split_column="fold"), tmp_path / "out")
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:

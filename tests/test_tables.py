@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from biokit.data.paths import expand_paths, list_tables
-from biokit.data.tables import BLANK, BROKEN_RECORD, QUOTING, RAGGED, Row, describe_table, read_table
+from biokit.data.tables import (
+    BLANK,
+    BROKEN_RECORD,
+    LONG_FIELD,
+    QUOTING,
+    RAGGED,
+    Row,
+    describe_table,
+    read_table,
+)
 from biokit.errors import DataError
 
 SMILES = ["CCO", "c1ccccc1", "CC(=O)O", "CCN"]
@@ -75,7 +84,16 @@ def test_blank_and_torn_rows_are_told(tmp_path: Path) -> None:
     rows = list(read_table(path))
     assert len(rows) == 7
     assert (rows[3].text, rows[3].detail) == ("2,CCN,3", "3 fields, 2 expected")
+    assert rows[4].text == '"a"b,CC'  # the line as it stands, for the table of rejects
     assert (rows[5].text, rows[5].problem) == ("", "")  # a row without its SMILES is for cleaning to refuse
+
+
+def test_a_field_that_is_too_long_costs_its_row(tmp_path: Path) -> None:
+    long = "C" * 200_000  # the csv module reads at most 131,072 characters a field
+    path = write(tmp_path / "a.csv", f"id,smiles\n1,CCO\n2,{long}\n3,CCN\n")
+    assert texts(path) == ["CCO", "CCN"]
+    assert problems(path) == [(3, LONG_FIELD)]
+    assert list(read_table(path))[1].text == f"2,{long}"
 
 
 @pytest.mark.parametrize(
@@ -94,6 +112,10 @@ def test_blank_and_torn_rows_are_told(tmp_path: Path) -> None:
         ("a.csv", b"a,b\nCCO,CCN\nCCC,CC\n", "several hold SMILES (a, b)"),
         ("a.csv", b"smiles,smiles\nCCO,CCN\nCCC,CC\n", "2 columns bear the name"),
         ("a.csv", b"smiles,y\nCCO,1,x\nCCC,2,x\n", "the header has 2 fields, the rows have 3"),
+        ("a.csv", b"a,set,split,smiles\n1,train,test,CCO\n2,val,train,CCN\n", "several name parts (set, split)"),
+        ("a.csv", b'{"smiles":["CCO","CCN"]}\n', "can be read (bad quoting)"),
+        ("a.csv.gz", gzip.compress(gzip.compress(b"smiles\nCCO\n", mtime=0), mtime=0), "gzip inside gzip"),
+        ("a.csv", b"\xd0\xcf\x11\xe0" + bytes(600), "an old Excel or Word file"),
         ("a.parquet", b"PAR1 but torn", "cannot be read as Parquet"),
     ],
 )
@@ -108,6 +130,13 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path, name: str, conten
 def test_a_folder_is_no_table(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="it is a folder"):
         list(read_table(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.sdf", "a.parquet"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)  # read twice, a pipe would be empty the second time
+    with pytest.raises(DataError, match="it is a pipe or a device"):
+        list(read_table(tmp_path / name))
 
 
 def test_a_torn_gzip_names_the_row(tmp_path: Path) -> None:
@@ -155,6 +184,15 @@ def test_sdf_streams_and_tells_broken_records(tmp_path: Path) -> None:
         assert rows[0].text.endswith("M  END\n") and rows[3].text == rows[0].text
 
 
+@pytest.mark.parametrize(("values", "found"), [(("train", "test"), "SET"), (("a", "b"), "")])
+def test_the_split_field_of_an_sdf_is_found(tmp_path: Path, values: tuple[str, str], found: str) -> None:
+    record = "x\n\n\nM  END\n> <SET>\n{}\n\n$$$$\n"
+    path = write(tmp_path / "a.sdf", "".join(record.format(value) for value in values))
+    assert describe_table(path).columns.split_name == found
+    assert [row.split for row in read_table(path)] == (list(values) if found else ["", ""])
+    assert [row.split for row in read_table(path, split_column="SET")] == list(values)
+
+
 def test_parquet(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
@@ -171,6 +209,12 @@ def test_parquet(tmp_path: Path) -> None:
     whole = path.read_bytes()
     with pytest.raises(DataError, match="Parquet"):
         list(read_table(write(tmp_path / "b.parquet", whole[:-8])))
+    broken = bytearray(whole)
+    broken[4:150] = bytes(146)  # pages of the first column; the footer stays whole
+    with pytest.raises(DataError, match=r"c\.parquet: the file is damaged"):
+        list(read_table(write(tmp_path / "c.parquet", bytes(broken))))
+    pq.write_table(pa.table({"smiles": [b"CCO", None, b"CC\xe9"]}), path)  # text that lost its type
+    assert [row.text for row in read_table(path)] == ["CCO", "", "CC\\xe9"]
 
 
 def test_a_large_file_streams(tmp_path: Path) -> None:
@@ -239,3 +283,18 @@ def test_bad_ranges(tmp_path: Path, pattern: str, found: str) -> None:
 def test_a_name_with_brackets_stands_for_itself(tmp_path: Path) -> None:
     path = write(tmp_path / "x[0..1].csv", "smiles\nCCO\n")
     assert expand_paths(path.name, tmp_path) == [path]
+
+
+def test_no_file_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no file is named"):
+        expand_paths(" , ", tmp_path)
+
+
+def test_a_link_that_leads_nowhere_is_not_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "a.csv", "smiles\nCCO\n")
+    (tmp_path / "b.csv").symlink_to(tmp_path / "gone.csv")
+    (tmp_path / "c.csv").symlink_to(tmp_path / "c.csv")
+    assert [path.name for path in list_tables(tmp_path)] == ["a.csv", "b.csv", "c.csv"]
+    for name in ("b.csv", "c.csv"):
+        with pytest.raises(DataError, match=f"{name}: it cannot be opened"):
+            describe_table(tmp_path / name)

@@ -337,6 +337,7 @@ def small_json(tmp_path: Path) -> dict:
         (("properties", "special_tokens", "mask"), None, '"mask" is missing'),
         (("properties", "special_tokens", "mask"), "<M>", "entry 5.*must be <M>"),
         (("properties", "regex"), "(C|.)", "not the expression"),
+        (("properties", "regex"), "(", r"at character 1\."),
     ],
 )
 def test_bad_json_files(tmp_path: Path, keys: tuple, value: object, cause: str) -> None:
@@ -350,7 +351,10 @@ def test_bad_json_files(tmp_path: Path, keys: tuple, value: object, cause: str) 
         SmilesTokenizer.from_file(tmp_path / "bad.json")
 
 
-@pytest.mark.parametrize(("text", "cause"), [("{\n]", "line 2.*not JSON"), ("[]", "missing"), ("\ufeff{}", "not JSON")])
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [("{\n]", "line 2.*not JSON"), ("[]", "missing"), ("\ufeff{}", "not JSON"), ("[" * 10**5, "deep")],
+)
 def test_text_that_is_no_such_json(tmp_path: Path, text: str, cause: str) -> None:
     (tmp_path / "bad.json").write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=cause):

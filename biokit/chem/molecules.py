@@ -179,7 +179,7 @@ def _refusal(smiles: str) -> str:
     if len(smiles) > MAX_SMILES_CHARS:
         return f"{len(smiles)} characters, at most {MAX_SMILES_CHARS} are read"
     odd = _NOT_SMILES.search(smiles)
-    if odd and smiles[odd.start() :].lstrip().startswith("|") and smiles.endswith("|"):
+    if odd and smiles[odd.start() :].lstrip().startswith("|"):
         return "it carries a CXSMILES extension, which is not read"
     if odd:
         what = "white space" if odd[0].isspace() else f"character {odd[0]!a}"

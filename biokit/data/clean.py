@@ -72,13 +72,10 @@ class CleanReport:
         lines = [f"{self.num_read:>10,} rows read", f"{self.num_kept:>10,} molecules kept"]
         lines += [f"{count:>10,} rejected: {reason}" for reason, count in self.rejects.most_common()]
         lines += [
-            f"{count:>10,} of the kept: {change.replace('_', ' ')}"
-            for change, count in self.changes.most_common()
+            f"{count:>10,} of the kept: {change.replace('_', ' ')}" for change, count in self.changes.most_common()
         ]
         if self.unknown_tokens:
-            lines.append(
-                "unknown tokens: " + ", ".join(f"{t} ({n:,})" for t, n in self.unknown_tokens.most_common(10))
-            )
+            lines.append("unknown tokens: " + ", ".join(f"{t} ({n:,})" for t, n in self.unknown_tokens.most_common(10)))
         return "\n".join(lines)
 
 
@@ -126,9 +123,7 @@ def clean(
         seed: of the random SMILES (`config.pool`), with the number of the row.
         by_column: every row must say its part in `split`.
     """
-    return Cleaning(
-        rows, config, tokenizer, num_workers, progress, rejects_file, seed, by_column, with_scaffold
-    )
+    return Cleaning(rows, config, tokenizer, num_workers, progress, rejects_file, seed, by_column, with_scaffold)
 
 
 class Cleaning:
@@ -154,6 +149,7 @@ class Cleaning:
         self._known = frozenset(tokenizer.vocabulary)
         self._seen: set[bytes] = set()
         self._rejects_csv: Any = None
+        self.first_reject = ""  # of a row that is not blank, for the message where no molecule is left
         self._options = ChunkOptions(
             clean={
                 "salts": config.salts,
@@ -193,9 +189,7 @@ class Cleaning:
         def requests() -> Iterator[list[Any]]:
             for chunk in self._chunks():
                 pending.append(chunk)
-                yield [
-                    [number, row.text, row.is_mol_block] for number, row, problem, _ in chunk if not problem
-                ]
+                yield [[number, row.text, row.is_mol_block] for number, row, problem, _ in chunk if not problem]
 
         if self._num_workers:
             pool = GuardedPool(
@@ -230,9 +224,7 @@ class Cleaning:
         ids, offsets = self._tokenizer.encode_batch(texts)
         lengths = np.diff(offsets) + 2
         unknown = np.zeros(len(texts), dtype=bool)
-        unknown[
-            np.searchsorted(offsets, np.flatnonzero(ids == self._tokenizer.unknown_id), side="right") - 1
-        ] = True
+        unknown[np.searchsorted(offsets, np.flatnonzero(ids == self._tokenizer.unknown_id), side="right") - 1] = True
         answers, place, start = iter(results), 0, 0
         kept: list[tuple[Row, list[Any], bytes, int]] = []
         for _, row, problem, detail in chunk:
@@ -259,9 +251,7 @@ class Cleaning:
         if length > self._config.max_length:
             return TOO_LONG, f"{length} tokens, at most {self._config.max_length}"
         if has_unknown:
-            odd = [
-                token for token in dict.fromkeys(self._tokenizer.tokens(smiles)) if token not in self._known
-            ]
+            odd = [token for token in dict.fromkeys(self._tokenizer.tokens(smiles)) if token not in self._known]
             self.report.unknown_tokens.update(odd)
             if self._config.unknown_tokens == "drop":
                 return UNKNOWN_TOKEN, " ".join(odd)
@@ -275,16 +265,15 @@ class Cleaning:
 
     def _reject(self, row: Row, reason: str, detail: str) -> None:
         if self._config.on_bad == "raise" and reason not in _HARMLESS:
-            why = (
-                detail
-                if reason == UNPARSABLE
-                else f"is rejected: {reason}" + (f" ({detail})" if detail else "")
-            )
+            why = detail if reason == UNPARSABLE else f"is rejected: {reason}" + (f" ({detail})" if detail else "")
             form = "molecule" if row.is_mol_block else "SMILES"
             shown = row.name if row.is_mol_block else row.text[:80]
             do = 'Fix the row, or pass on_bad="drop"'
             raise DataError(f"{row.file} row {row.row}", f'{form} "{shown}" {why}', do)
         self.report.rejects[reason] += 1
+        if not self.first_reject and reason != BLANK:
+            shown = row.name if row.is_mol_block else row.text[:80]
+            self.first_reject = f'{Path(row.file).name} row {row.row} "{shown}" {detail or reason}'
         if self._rejects_csv is not None:
             self._rejects_csv.writerow((row.file, row.row, row.text, reason, detail))
 
@@ -322,9 +311,7 @@ class Cleaning:
             texts += [result[0], *result[4]]
         ids, offsets = self._tokenizer.encode_batch(texts)
         unfit = np.diff(offsets) + 2 > self._config.max_length
-        unfit[
-            np.searchsorted(offsets, np.flatnonzero(ids == self._tokenizer.unknown_id), side="right") - 1
-        ] = True
+        unfit[np.searchsorted(offsets, np.flatnonzero(ids == self._tokenizer.unknown_id), side="right") - 1] = True
         if not unfit.any():
             return ids, offsets
         each = 1 + self._config.pool

@@ -102,9 +102,7 @@ def choose_columns(
     else:
         smiles = _guess_smiles(header, rows, first, table)
     split = _split_column(header, rows, split_column, len(first), table)
-    name = next(
-        (i for i, cell in enumerate(header) if cell.lower() in NAME_NAMES and i not in (smiles, split)), None
-    )
+    name = next((i for i, cell in enumerate(header) if cell.lower() in NAME_NAMES and i not in (smiles, split)), None)
     return Columns(
         has_header,
         smiles,
@@ -143,28 +141,20 @@ def _named_column(asked: str, header: Sequence[str], num_columns: int, table: st
     if asked.isdigit() and int(asked) < num_columns:
         return int(asked)
     have = f"it has {', '.join(header)}" if header else f"it has no header and {num_columns} columns"
-    raise DataError(
-        f'table {table}: column "{asked}"', have, f"Set {key} to one of them, or to a 0-based number"
-    )
+    raise DataError(f'table {table}: column "{asked}"', have, f"Set {key} to one of them, or to a 0-based number")
 
 
-def _guess_smiles(
-    header: Sequence[str], rows: Sequence[Sequence[str]], first: Sequence[str], table: str
-) -> int:
+def _guess_smiles(header: Sequence[str], rows: Sequence[Sequence[str]], first: Sequence[str], table: str) -> int:
     num_columns = len(first)
     lower = [cell.lower().strip() for cell in header]
-    shares = [
-        _share_of_smiles([row[index] for row in rows if index < len(row)]) for index in range(num_columns)
-    ]
+    shares = [_share_of_smiles([row[index] for row in rows if index < len(row)]) for index in range(num_columns)]
     by_content = [index for index in range(num_columns) if shares[index] >= _MIN_SHARE]
     for name in SMILES_NAMES:
         matches = [index for index, cell in enumerate(lower) if cell == name]
         good = [index for index in matches if index in by_content] or (matches if not by_content else [])
         if len(good) > 1:
             found = f'{len(good)} columns bear the name "{name}"'
-            raise DataError(
-                f"table {table}: the SMILES column", found, "Rename all but one, or give its number"
-            )
+            raise DataError(f"table {table}: the SMILES column", found, "Rename all but one, or give its number")
         if good:
             return good[0]
     if len(by_content) == 1:

@@ -49,9 +49,7 @@ class GuardedPool:
         EngineError: the module cannot start.
     """
 
-    def __init__(
-        self, module: str, setup: dict[str, Any], num_workers: int, failed: Callable[[str], Result]
-    ) -> None:
+    def __init__(self, module: str, setup: dict[str, Any], num_workers: int, failed: Callable[[str], Result]) -> None:
         self._module, self._setup, self._failed = module, setup, failed
         self._num_workers = num_workers
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -149,6 +147,9 @@ class _Worker:
             self.kill()
             found = f"it did not start ({lines[-1]})"
             raise EngineError(f"a worker process ({module})", found, "Run `biokit doctor`") from error
+        except BaseException:  # an interrupt while it starts: nobody else knows this process yet
+            self.kill()
+            raise
 
     def ask(self, chunk: Chunk) -> tuple[list[Result], bytes]:
         write_frame(self._to, chunk)

@@ -7,7 +7,7 @@ Everything random is a pure function of (seed, epoch, molecule): see `biokit.dat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -121,7 +121,7 @@ class MoleculeLoader:
             self._planned = (epoch, plan)
         return self._planned[1]
 
-    def batches(self, state: LoaderState | None = None) -> Iterator[tuple[Batch, LoaderState]]:
+    def batches(self, state: LoaderState | None = None) -> Generator[tuple[Batch, LoaderState]]:
         """Batches without end, each with the position after it; giving that position back goes on from there.
 
         Args:
@@ -143,7 +143,7 @@ class MoleculeLoader:
         for indices in self.plan(epoch) if len(self.store) else []:
             yield self._maker.make(epoch, indices)
 
-    def _run(self, start: LoaderState) -> Iterator[tuple[Batch, LoaderState]]:
+    def _run(self, start: LoaderState) -> Generator[tuple[Batch, LoaderState]]:
         if not self.data.num_workers:
             for epoch, indices, after in self._tasks(start):
                 yield self._maker.make(epoch, indices), after

@@ -58,7 +58,8 @@ def expand_paths(patterns: str | Path | Sequence[str | Path], base: str | Path =
             f"Check the range and the folder; the extension may be left out ({' '.join(TABLE_EXTENSIONS)})",
         )
     if not found:
-        raise DataError(f'files "{", ".join(map(str, patterns))}"', "no file is named", "Give a path, a range or a list")
+        asked = f'files "{", ".join(map(str, patterns))}"'
+        raise DataError(asked, "no file is named", "Give a path, a range or a list")
     repeated = [path for path, count in Counter(found).items() if count > 1]
     if repeated:
         raise DataError(
@@ -83,9 +84,7 @@ def list_tables(folder: Path) -> list[Path]:
         if is_table(path) and path.name[0] != "." and (path.is_file() or (path.is_symlink() and not path.exists()))
     )
     if not tables:
-        raise DataError(
-            f"folder {folder}", "it holds no table", f"Put files there: {' '.join(TABLE_EXTENSIONS)}"
-        )
+        raise DataError(f"folder {folder}", "it holds no table", f"Put files there: {' '.join(TABLE_EXTENSIONS)}")
     return tables
 
 
@@ -108,9 +107,7 @@ def _split_commas(pattern: str) -> list[str]:
 def _expand_ranges(text: str, pattern: str) -> Iterator[str]:
     pieces = re.split(r"\[([^\[\]]*)\]", text)
     if any("[" in piece or "]" in piece for piece in pieces):
-        raise DataError(
-            f'files "{pattern}"', "its brackets do not pair up", "Write x[000..099] or x_OP_000..099_CL_"
-        )
+        raise DataError(f'files "{pattern}"', "its brackets do not pair up", "Write x[000..099] or x_OP_000..099_CL_")
     choices: list[Iterable[str]] = [
         _expand_group(piece, pattern) if index % 2 else [piece] for index, piece in enumerate(pieces)
     ]
@@ -124,9 +121,7 @@ def _expand_group(group: str, pattern: str) -> list[str]:
         match = _RANGE.fullmatch(item)
         if match is None:
             if not item or ".." in item:
-                raise DataError(
-                    f'files "{pattern}"', f'"[{group}]" is no range', "Write x[000..099] or x[000,007]"
-                )
+                raise DataError(f'files "{pattern}"', f'"[{group}]" is no range', "Write x[000..099] or x[000,007]")
             names.append(item)
             continue
         first, last, step = int(match[1]), int(match[2]), int(match[3] or 1)
@@ -146,14 +141,10 @@ def _existing(path: Path) -> list[Path]:
     """The file itself, or the one that has a table's extension besides; nothing where there is none."""
     if path.exists():
         return [path]
-    matches = [
-        match for extension in TABLE_EXTENSIONS if (match := path.with_name(path.name + extension)).is_file()
-    ]
+    matches = [match for extension in TABLE_EXTENSIONS if (match := path.with_name(path.name + extension)).is_file()]
     if len(matches) > 1:
         names = ", ".join(match.name for match in matches)
-        raise DataError(
-            f"file {path}", f"several fit: {names}", "Write the extension of the one that is meant"
-        )
+        raise DataError(f"file {path}", f"several fit: {names}", "Write the extension of the one that is meant")
     return matches
 
 

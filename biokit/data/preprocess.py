@@ -21,7 +21,7 @@ import numpy as np
 
 import biokit
 from biokit.config import DataConfig
-from biokit.data.clean import Cleaning, CleanReport, clean
+from biokit.data.clean import NO_PART, Cleaning, CleanReport, clean
 from biokit.data.indexed import StoreWriter
 from biokit.data.molecules import store_prefixes
 from biokit.data.publish import publish_folder
@@ -94,26 +94,24 @@ def preprocess(
         overwrite: replace a finished folder made from something else.
 
     Raises:
-        DataError: input that cannot be read, a bad row with on_bad="raise", no molecule left, a folder made from
-            something else, a full disk.
+        DataError: input that cannot be read, a bad row with on_bad="raise", no molecule left, a vocabulary that the
+            folder cannot keep, a folder made from something else, a full disk.
     """
     out = Path(out)
-    if (Path(data.dataset_path) / DONE_FILE).is_file():
+    if _is_finished(Path(data.dataset_path)):
         return load_report(data.dataset_path)
     tokenizer = SmilesTokenizer.from_file(data.vocab_file) if data.vocab_file else SmilesTokenizer.packaged()
     identity = {"format": _FORMAT, "data_hash": data_hash(data, seed, tokenizer.hash)}
-    if (out / DONE_FILE).is_file() and not overwrite:
+    if _is_finished(out) and not overwrite:
         return _reuse(out, data, identity)
-    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(
-            f"preprocess to {out}", "something else stands there", "Give another folder, or remove it"
-        )
+    if not overwrite:
+        _check_free(out)
     sources = find_sources(data)
     with publish_folder(out, overwrite) as folder:
+        _save_vocabulary(tokenizer, folder / "vocab.txt", data.vocab_file)
         report = _build(folder, sources, data, tokenizer, seed, progress)
         inputs = [_describe_input(source) for source in sources]
         _write_json(folder / "report.json", _report_tree(report))
-        tokenizer.save(folder / "vocab.txt")
         about = {**identity, "biokit": biokit.__version__, "seed": seed, "vocab_hash": tokenizer.hash}
         about |= {"data": dataclasses.asdict(data), "molecules": report.molecules, "inputs": inputs}
         _write_json(folder / DONE_FILE, about)
@@ -129,10 +127,8 @@ def load_report(folder: str | Path) -> PreprocessReport:
         for name in ("rejects", "changes", "unknown_tokens"):
             getattr(cleaning, name).update(tree[name])
         cleaning.lengths.update({int(length): count for length, count in tree["lengths"].items()})
-        return PreprocessReport(
-            folder, tree["molecules"], tree["split"], tree["tables"], cleaning, reused=True
-        )
-    except (OSError, ValueError, KeyError) as error:
+        return PreprocessReport(folder, tree["molecules"], tree["split"], tree["tables"], cleaning, reused=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"report of {folder}", f"it cannot be read ({error})", "Preprocess again") from error
 
 
@@ -171,8 +167,9 @@ def _build(
     with Spool(folder / "spool") as spool:
         groups = _fill(spool, cleaning)
         if not spool.num_molecules:
-            found = f"no molecule is left of {cleaning.report.num_read} rows ({_worst(cleaning.report)})"
-            raise DataError(f"preprocess {data.dataset_path}", found, "Check the file and data.smiles_column")
+            found = f"no molecule is left of {cleaning.report.num_read} rows ({_worst(cleaning)})"
+            key = "data.split_column" if cleaning.report.rejects[NO_PART] else "data.smiles_column"
+            raise DataError(f"preprocess {data.dataset_path}", found, f"Check the file and {key}")
         parts: Parts
         if split in ("column", "files"):
             parts = spool.parts()
@@ -184,9 +181,8 @@ def _build(
             parts = split_at_random(spool.hashes(), fractions, seed)
         counts = dict(zip(PART_NAMES, np.bincount(parts, minlength=3).tolist(), strict=True))
         if not counts["train"]:
-            raise DataError(
-                f"split ({split}) of {data.dataset_path}", "train is empty", "Change data.split_ratio"
-            )
+            do = {"files": "Set data.dataset.train", "column": "Check its values"}.get(split, "Change data.split_ratio")
+            raise DataError(f"split ({split}) of {data.dataset_path}", "train is empty", do)
         _write_stores(folder, spool, parts, tokenizer, data)
     return PreprocessReport(folder, counts, split, [str(form) for form in forms], cleaning.report)
 
@@ -206,10 +202,11 @@ def _choose_split(data: DataConfig, sources: list[Source], forms: list[TableForm
         return "files"
     lacking = [form.path.name for form in forms if form.columns.split is None and not form.columns.split_name]
     if data.split == "column" and lacking:
-        found = f"{', '.join(lacking[:5])} has no column `set` or `split`"
-        raise DataError(
-            "split by column", found, "Name it with data.split_column, or choose another data.split"
-        )
+        found = f"{', '.join(lacking[:5])} has no column `set` or `split` that says train, val or test"
+        raise DataError("split by column", found, "Name it with data.split_column, or choose another data.split")
+    if data.split == "auto" and lacking and len(lacking) < len(forms):
+        found = f"{', '.join(lacking[:5])} has no split column, other files have one"
+        raise DataError("split of several files", found, "Add it, or choose data.split=random, ratio or scaffold")
     if data.split == "auto":
         return "random" if lacking else "column"
     return data.split
@@ -229,9 +226,7 @@ def _fill(spool: Spool, cleaning: Cleaning) -> list[int]:
     return groups
 
 
-def _write_stores(
-    folder: Path, spool: Spool, parts: Parts, tokenizer: SmilesTokenizer, data: DataConfig
-) -> None:
+def _write_stores(folder: Path, spool: Spool, parts: Parts, tokenizer: SmilesTokenizer, data: DataConfig) -> None:
     with ExitStack() as stack:
         writers, mols = [], []
         for part in PART_NAMES:
@@ -254,9 +249,10 @@ def _reuse(out: Path, data: DataConfig, identity: dict[str, str]) -> PreprocessR
     do = "Give another folder (data.store_dir or run_dir), or overwrite=True"
     try:
         about = json.loads((out / DONE_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
+        same = {key: about[key] for key in identity} == identity
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise DataError(asked, f"{DONE_FILE} there cannot be read ({error})", do) from error
-    if {key: about.get(key) for key in identity} != identity:
+    if not same:
         now = {key: value for key, value in dataclasses.asdict(data).items() if key not in _NOT_STORED}
         other = [key for key, value in now.items() if about.get("data", {}).get(key) != value]
         raise DataError(asked, f"it was made with another {', '.join(other) or 'seed or vocabulary'}", do)
@@ -300,8 +296,38 @@ def _write_json(path: Path, tree: dict[str, Any]) -> None:
     path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
 
-def _worst(report: CleanReport) -> str:
-    return ", ".join(f"{reason}: {count}" for reason, count in report.rejects.most_common(3)) or "no rows"
+def _worst(cleaning: Cleaning) -> str:
+    """The commonest reasons, and the first row that was rejected."""
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in cleaning.report.rejects.most_common(3))
+    return f"{reasons}; the first: {cleaning.first_reject}" if reasons else "no rows"
+
+
+def _is_finished(folder: Path) -> bool:
+    try:
+        return (folder / DONE_FILE).is_file()
+    except OSError:  # a name too long, or no permission: what opens it says so
+        return False
+
+
+def _check_free(out: Path) -> None:
+    """Refuse a folder in which something else stands, or which cannot be."""
+    asked = f"preprocess to {out}"
+    try:
+        free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    except OSError as error:
+        raise DataError(asked, f"it cannot be reached ({error.strerror})", "Give another folder") from error
+    if not free:
+        raise DataError(asked, "something else stands there", "Give another folder, or remove it")
+
+
+def _save_vocabulary(tokenizer: SmilesTokenizer, path: Path, vocab_file: str) -> None:
+    """Before any row is cleaned: the stores keep the text form, and not every JSON vocabulary fits it."""
+    try:
+        tokenizer.save(path)
+    except DataError as error:
+        found = f"the token stores keep it as {path.name}, which cannot hold it: {error.found}"
+        do = "Give one with MolBART's special tokens and all chemistry after chem_start_idx"
+        raise DataError(f"data.vocab_file {vocab_file}", found, do) from error
 
 
 def _num_processors() -> int:

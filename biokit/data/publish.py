@@ -64,9 +64,7 @@ def _lock(partial: Path, asked: str) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise DataError(
-                asked, "another process is writing it", "Wait for it, or give another folder"
-            ) from None
+            raise DataError(asked, "another process is writing it", "Wait for it, or give another folder") from None
         try:
             same = os.fstat(descriptor).st_ino == partial.stat().st_ino
         except FileNotFoundError:
@@ -110,5 +108,5 @@ def _flush(path: Path) -> None:
 def _cannot_write(asked: str, error: OSError) -> DataError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     found = f"the disk or quota is full ({error.strerror})" if full else f"it failed ({error})"
-    do = "Free space, or give another folder (data.store_dir); nothing half was left"
-    return DataError(asked, found, do)
+    do = "Free space" if full else "Check the path and its permissions"
+    return DataError(asked, found, f"{do}, or give another folder (data.store_dir); nothing half was left")

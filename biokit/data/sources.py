@@ -50,10 +50,7 @@ def _find(config: DataConfig) -> list[Source]:
     base = Path(config.dataset_path)
     if any(named.values()):
         return [
-            Source(path, part)
-            for part in PART_NAMES
-            if named[part]
-            for path in _find_part(base, part, named[part])
+            Source(path, part) for part in PART_NAMES if named[part] for path in _find_part(base, part, named[part])
         ]
     if not config.dataset_path.strip():
         raise DataError("data.dataset_path", "it is empty", "Give a file, a folder or a named data set")
@@ -66,9 +63,7 @@ def _find(config: DataConfig) -> list[Source]:
 
 def _is_bare_name(text: str) -> bool:
     """A word that can only be meant as a named data set, so that a slip is answered with the nearest name."""
-    return text.replace("_", "").isalnum() and not any(
-        expanded.exists() for expanded in _with_extension(text)
-    )
+    return text.replace("_", "").isalnum() and not any(expanded.exists() for expanded in _with_extension(text))
 
 
 def _with_extension(text: str) -> list[Path]:
@@ -93,9 +88,7 @@ def _find_part(base: Path, part: str, pattern: str) -> list[Path]:
 
 def _read_folder(folder: Path) -> list[Source]:
     """Parts in subfolders, or parts in files, or tables without parts."""
-    subfolders = {
-        path: PARTS[path.name.lower()] for path in folder.iterdir() if path.is_dir() and _names_part(path)
-    }
+    subfolders = {path: PARTS[path.name.lower()] for path in folder.iterdir() if path.is_dir() and _names_part(path)}
     if subfolders:
         loose = [path.name for path in folder.iterdir() if path.is_file() and is_table(path)]
         if loose:
@@ -110,9 +103,7 @@ def _read_folder(folder: Path) -> list[Source]:
         found = f"beside files named after parts it holds {other}"
         raise DataError(f"folder {folder}", found, "Move them away, or set data.dataset.train, val and test")
     sources = [Source(path, part) for path, part in zip(tables, parts, strict=True)]
-    return sorted(
-        sources, key=lambda source: (PART_NAMES.index(source.part) if source.part else 0, source.path)
-    )
+    return sorted(sources, key=lambda source: (PART_NAMES.index(source.part) if source.part else 0, source.path))
 
 
 def _names_part(path: Path) -> bool:

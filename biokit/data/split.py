@@ -24,15 +24,9 @@ def parse_ratio(text: str) -> NDArray[np.float64]:
         numbers = [float(number) for number in text.replace("/", ",").split(",")]
     except ValueError:
         numbers = []
-    if (
-        not 1 <= len(numbers) <= 3
-        or not all(math.isfinite(n) and n >= 0 for n in numbers)
-        or sum(numbers) <= 0
-    ):
+    if not 1 <= len(numbers) <= 3 or not all(math.isfinite(n) and n >= 0 for n in numbers) or sum(numbers) <= 0:
         found = f'data.split_ratio is "{text}"'
-        raise ConfigError(
-            "the split", found, "Give train,val,test as numbers that are not negative, e.g. 90,5,5"
-        )
+        raise ConfigError("the split", found, "Give train,val,test as numbers that are not negative, e.g. 90,5,5")
     fractions = np.array([*numbers, 0.0, 0.0][:3])
     return fractions / fractions.sum()
 

@@ -66,9 +66,7 @@ class Spool:
         """(N,) hashes of the canonical SMILES."""
         return self._read("hashes")
 
-    def write_stores(
-        self, parts: NDArray[np.int8], writers: list[StoreWriter], mols: list[StoreWriter]
-    ) -> None:
+    def write_stores(self, parts: NDArray[np.int8], writers: list[StoreWriter], mols: list[StoreWriter]) -> None:
         """Copy each molecule to the writer of its part; `mols` is empty where molecules are not cached."""
         for ids, lengths, chosen in self._blocks("ids", "lengths", parts, self._num_sequences):
             for part, writer in enumerate(writers):

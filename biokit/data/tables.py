@@ -93,9 +93,7 @@ def describe_table(path: str | Path, *, smiles_column: str = "", split_column: s
     with LineReader(path) as lines:
         sample = list(itertools.islice(lines, _SAMPLE_ROWS))
     if not any(line.strip() for line in sample):
-        raise DataError(
-            f"table {path}", "it is empty" if not sample else "it begins with blank rows only", "Fill it"
-        )
+        raise DataError(f"table {path}", "it is empty" if not sample else "it begins with blank rows only", "Fill it")
     delimiter = "" if kind == "smi" else _sniff(sample, path)
     if not delimiter:
         kind, delimiter = "smi", _sniff_smi(sample)
@@ -313,9 +311,7 @@ def _open_parquet(path: Path) -> Any:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         found = str(error).splitlines()[0]
-        raise DataError(
-            f"table {path}", f"it cannot be read as Parquet ({found})", "Get the file again"
-        ) from error
+        raise DataError(f"table {path}", f"it cannot be read as Parquet ({found})", "Get the file again") from error
 
 
 def _describe_parquet(path: Path, smiles_column: str, split_column: str) -> TableForm:
@@ -348,9 +344,7 @@ def _read_parquet(form: TableForm) -> Iterator[Row]:
                 picked = [cells[names[index]] if index is not None else blank for index in wanted]
                 for text, split, name in zip(*picked, strict=True):
                     number += 1
-                    yield Row(
-                        str(form.path), number, text.strip(), split.strip(), name, "" if text else BLANK
-                    )
+                    yield Row(str(form.path), number, text.strip(), split.strip(), name, "" if text else BLANK)
         except (pa.ArrowException, OSError) as error:
             found = f"the file is damaged ({str(error).splitlines()[0]})"
             raise DataError(f"{form.path} row {number + 1}", found, "Get the file again") from error

@@ -85,9 +85,7 @@ class LineReader:
             if not line.isascii():
                 self._check_unicode(line)
             if len(line) == MAX_LINE_CHARS and line[-1] not in "\r\n":
-                raise self._error(
-                    f"the line is longer than {MAX_LINE_CHARS:,} characters", "Is this a text table?"
-                )
+                raise self._error(f"the line is longer than {MAX_LINE_CHARS:,} characters", "Is this a text table?")
             yield line
 
     def _decode(self) -> io.TextIOWrapper:
@@ -97,9 +95,7 @@ class LineReader:
             raise self._refused(error) from error
         kind = next((kind for magic, kind in _OTHER_MAGIC.items() if head.startswith(magic)), "")
         if kind:
-            raise DataError(
-                f"table {self.path}", f"it is {kind}", "Save it as CSV, TSV, .smi, .sdf or .parquet"
-            )
+            raise DataError(f"table {self.path}", f"it is {kind}", "Save it as CSV, TSV, .smi, .sdf or .parquet")
         encoding = next((encoding for mark, encoding in _MARKS if head.startswith(mark)), "utf-8")
         if encoding.startswith("utf-8") and head.count(0) > len(head) // 10:
             found = "it is binary, or UTF-16 without a byte order mark"

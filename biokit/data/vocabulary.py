@@ -17,7 +17,7 @@ from biokit.tokenizers import PACKAGED_VOCABULARY, SmilesTokenizer
 from biokit.vocabularies import CHEM_START, CHEMISTRY, VOCAB_SIZE
 
 NUM_RANDOM = 4  # random SMILES a molecule
-SEED = 1  # not 0: RDKit takes 0 for "go on with the stream of the process"
+SEED = 0
 
 # Files of the rdkit wheel (BSD-3): path, delimiter (None: white space), columns (a number, or a prefix of names).
 SOURCES: tuple[tuple[str, str | None, int | str], ...] = (

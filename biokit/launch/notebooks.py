@@ -41,6 +41,8 @@ def run_notebook(notebook: Path, out: Path, parameters: Mapping[str, Any] | None
     """
     try:
         import papermill
+        from jupyter_client.kernelspec import NoSuchKernel
+        from nbclient.exceptions import DeadKernelError
         from papermill.exceptions import PapermillExecutionError
     except ImportError as error:
         raise EngineError(
@@ -52,11 +54,16 @@ def run_notebook(notebook: Path, out: Path, parameters: Mapping[str, Any] | None
     _check_parameters(notebook, values)
     out.mkdir(parents=True, exist_ok=True)
     executed = out / notebook.name
+    folder = RunFolder(out)
+    before = folder.manifest_file.stat().st_mtime_ns if folder.manifest_file.exists() else 0
     started = time.monotonic()
     try:
         papermill.execute_notebook(
             str(notebook), str(executed), values, kernel_name="python3", cwd=str(notebook.parent), log_output=False
         )
+    except (DeadKernelError, NoSuchKernel) as error:
+        found = f"its kernel is not there any more or never was ({error})"
+        raise RunError(f"notebook {notebook.name}", found, "Install ipykernel; look for a lack of memory") from error
     except PapermillExecutionError as error:
         raise RunError(
             f"notebook {notebook.name}",
@@ -66,8 +73,11 @@ def run_notebook(notebook: Path, out: Path, parameters: Mapping[str, Any] | None
     finally:
         if executed.exists():
             trust_notebook(executed)
-    folder = RunFolder(out)
     status = folder.read_manifest().get("status")
+    if folder.manifest_file.stat().st_mtime_ns == before:
+        raise RunError(
+            f"notebook {notebook.name}", "it wrote no manifest", "Let it train, or update its run's manifest"
+        )
     if status not in DONE:
         raise RunError(f"notebook {notebook.name}", f"its run is {status!r}", f"See {out}/logs")
     return ExecutedNotebook(executed, folder, time.monotonic() - started)
@@ -86,7 +96,10 @@ def _check_parameters(notebook: Path, values: Mapping[str, Any]) -> None:
 
     if not notebook.is_file():
         raise DataError(f"notebook {notebook}", "there is no such file", "Give the path of a .ipynb file")
-    known = papermill.inspect_notebook(str(notebook))
+    try:
+        known = papermill.inspect_notebook(str(notebook))
+    except Exception as error:  # nbformat, papermill and json each have their own
+        raise DataError(f"notebook {notebook}", f"it cannot be read ({error})", "Give a .ipynb file") from error
     unknown = [name for name in values if name not in known]
     if unknown:
         raise DataError(

@@ -153,6 +153,7 @@ class TokenEmbedding(nn.Module):
         self.tokens = nn.Embedding(vocab_size, hidden_size)
         self.dropout = Dropout(dropout)
         self.scale = math.sqrt(hidden_size)
+        self.num_positions = max_positions
         self.register_buffer("positions_TD", sinusoidal_positions(max_positions, hidden_size), persistent=False)
 
     def forward(self, ids_BT: torch.Tensor, start: int = 0) -> torch.Tensor:
@@ -163,8 +164,8 @@ class TokenEmbedding(nn.Module):
         """
         end = start + ids_BT.shape[1]
         positions_TD: torch.Tensor = self.positions_TD  # type: ignore[assignment]
-        if end > positions_TD.shape[0]:
-            raise ValueError(f"a sequence of {end} tokens exceeds the model's {positions_TD.shape[0]} positions")
+        if end > self.num_positions:
+            raise ValueError(f"a sequence of {end} tokens exceeds the model's {self.num_positions} positions")
         x_BTD = self.tokens(ids_BT) * self.scale
         return self.dropout(x_BTD + positions_TD[start:end].to(x_BTD.dtype))
 

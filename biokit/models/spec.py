@@ -21,7 +21,7 @@ class ModelSpec:
 
     Attributes:
         build: (config, vocab_size, max_positions, seed) -> the whole model for one device, initialised.
-        layers: (config, vocab_size, max_positions) -> (name, builder) in order; each layer is
+        layers: (config, vocab_size, max_positions, seed) -> (name, builder) in order; each layer is
             `forward(carry: tuple) -> tuple`, floats first, then ids; one device folds over the same list.
         tensor_parallel_plan: module pattern -> one of `PLAN_WORDS`; unmatched modules are replicated.
         batch_keys: the arrays of a batch, inputs of the first layer first, labels last.

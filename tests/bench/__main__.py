@@ -18,6 +18,7 @@ from biokit.errors import EngineError
 from tests.bench.timing import HEADER, Row
 
 NAMES = ("tokenising", "batches", "random_smiles", "training_step", "padding")
+NEED_TRANSFORMERS = {"batches", "training_step"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [name for name in names if name not in NAMES]
     if unknown:
         parser.error(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
-    _use_one_thread()
+    _prepare(names)
     print(describe_machine(), end=f"\n\n{HEADER}\n", flush=True)
     rows: list[Row] = []
     for name in names:
@@ -55,9 +56,15 @@ def describe_machine() -> str:
     )
 
 
-def _use_one_thread() -> None:
-    if importlib.util.find_spec("transformers") is None:
-        raise EngineError("benchmarks", "transformers is not installed", 'Run `make bench`, or install ".[bench]"')
+def _prepare(names: list[str]) -> None:
+    """One thread in every library, before it is imported.
+
+    Raises:
+        EngineError: the peers are not installed.
+    """
+    if NEED_TRANSFORMERS.intersection(names) and importlib.util.find_spec("transformers") is None:
+        do = 'Run `make bench`, which installs it, or pip install -c constraints.txt -e ".[bench]"'
+        raise EngineError(f"benchmarks {', '.join(names)}", "transformers is not installed", do)
     os.environ |= ONE_THREAD
     import torch
 

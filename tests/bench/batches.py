@@ -7,7 +7,6 @@ probability and pads one side and its labels.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -55,7 +54,6 @@ def _ours(loader: MoleculeLoader) -> Callable[[], int]:
 
 
 def _peers(tokenizer: SmilesTokenizer, batches: list[list[str]]) -> dict[str, Callable[[], int]]:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from transformers import DataCollatorForLanguageModeling
 
     fast = _hugging_face(tokenizer)

@@ -16,9 +16,9 @@ from tests.bench.timing import Row
 
 BATCH_SIZE, SEED, POOL, TARGET = 128, 1234, 10, 1.05
 RANDOM = "random batches padded to their longest"
-MASK = "padded / real tokens, encoder and decoder, task mask, {}"
-AUG = "the same, task aug, made on the way, {}"
-AUG_POOL = "the same, task aug, pool of ten, {}"
+MASK = "padded / real tokens (encoder / decoder), task mask, {}"
+AUG = "padded / real tokens, task aug, made on the way, {}"
+AUG_POOL = "padded / real tokens, task aug, pool of ten, {}"
 
 Sides = tuple[float, float]  # encoder, decoder
 

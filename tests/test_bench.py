@@ -1,0 +1,138 @@
+"""The benchmarks: their arithmetic on a fake clock, and that each still runs, at a tiny size. No timing is asserted."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from biokit.errors import EngineError
+from tests.bench import __main__ as bench
+from tests.bench import batches, corpora, padding, random_smiles, timing, tokenising, training_step
+from tests.bench.timing import NOT_MEASURED, Rates, Row, compare
+
+needs_transformers = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers is not installed: `make bench` installs it"
+)
+NUM_COLUMNS = timing.HEADER.splitlines()[0].count("|")
+
+
+class FakeClock:
+    """Process time that moves only when a contender works."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.order: list[str] = []
+
+    def contender(self, name, units, seconds):
+        turns = iter(seconds)
+
+        def work():
+            self.order.append(name)
+            self.now += next(turns)
+            return units
+
+        return work
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    fake = FakeClock()
+    monkeypatch.setattr(timing.time, "process_time", lambda: fake.now)
+    return fake
+
+
+@pytest.fixture(autouse=True)
+def without_real_data(monkeypatch):
+    monkeypatch.delenv("BIOKIT_REAL_DATA", raising=False)
+    corpora.load_smiles.cache_clear()
+    corpora._load_texts.cache_clear()
+
+
+def test_compare_divides_units_by_seconds_round_by_round_without_the_warm_up(clock):
+    ours = clock.contender("ours", 12, [100.0, 1.0, 2.0, 4.0])
+    peer = clock.contender("peer", 6, [1.0, 2.0, 1.0, 1.0])
+    rates = compare({"ours": ours, "peer": peer}, "things", rounds=3)
+    assert rates.per_cpu_s == {"ours": 6.0, "peer": 6.0}
+    assert rates.ratios == {"peer": [4.0, 1.0, 0.5]}
+    assert clock.order == ["ours", "peer"] * 4
+
+
+def test_rows_say_whether_the_median_reaches_the_target():
+    rates = Rates("things", {"ours": 1234.0, "slow": 600.0, "fast": 2000.0}, {"slow": [1.9, 2.1, 9.0], "fast": [0.5]})
+    slow, fast = rates.rows({"slow": 2.0, "fast": 1.0})
+    assert str(slow) == "| ours | slow | 1,234 things | 600 | 2.10x | 1.90 - 9.00 | at least 2x | yes |"
+    assert (slow.met, fast.met) == (True, False)
+    assert "NO" in str(fast) and "NO" not in str(rates.rows({})[0])
+    assert rates.rows({"slow": 2.1})[0].met and not rates.rows({"slow": 2.11})[0].met
+    assert str(slow).count("|") == str(Row("what", "peer")).count("|") == NUM_COLUMNS
+
+
+@pytest.mark.parametrize("module", [tokenising, random_smiles, padding], ids=lambda module: module.__name__)
+def test_a_tiny_run(module):
+    settings = {"limit": 300, "epochs": 1, "aug_limit": 100} if module is padding else {"limit": 50, "rounds": 1}
+    check_rows(module.measure("WEHI", **settings))
+
+
+@needs_transformers
+def test_a_tiny_run_of_batches():
+    check_rows(batches.measure("WEHI", limit=200, rounds=1))
+
+
+@needs_transformers
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_tiny_run_of_training(precision, monkeypatch):
+    monkeypatch.setattr(training_step, "SIZES", SIZES)
+    monkeypatch.setattr(training_step, "STEPS", 1)
+    check_rows(training_step.measure(precision, rounds=1))
+
+
+SIZES = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 64}
+
+
+def check_rows(rows):
+    assert rows
+    for row in rows:
+        assert NOT_MEASURED not in str(row) and "nan" not in str(row) and str(row).count("|") == NUM_COLUMNS
+
+
+@pytest.mark.parametrize("module", [tokenising, batches, random_smiles, padding], ids=lambda module: module.__name__)
+def test_what_is_not_here_is_said_to_be_not_measured(module):
+    rows = module.measure("ChEMBL")
+    assert rows and all(row.ours == NOT_MEASURED and row.met is None and "ChEMBL" in row.what for row in rows)
+
+
+def test_padding_counts_every_cell(tmp_path):
+    """One and three tokens, each after begin: two rows of four cells, two of which are padding."""
+    tokenizer = padding.SmilesTokenizer.packaged()
+    store = corpora.write_store(tmp_path / "ids", tokenizer, ["C", "CCO"])
+    _, decoder = padding._padding(store, None, "mask", 0, buckets=True)
+    assert decoder == pytest.approx(8 / 6)
+
+
+def test_the_command_prints_a_table_and_fails_where_a_target_is_missed(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "_prepare", lambda names: None)
+    for met, status in ((True, 0), (None, 0), (False, 1)):
+        rows = [Row("speed", "peer", met=met)]
+        monkeypatch.setattr(tokenising, "measure_all", lambda rows=rows: rows)
+        assert bench.main(["tokenising"]) == status
+        machine, _, *table = capsys.readouterr().out.splitlines()
+        assert "torch" in machine and "one thread" in machine
+        assert table == [*timing.HEADER.splitlines(), str(rows[0])]
+
+
+def test_without_transformers_the_benchmarks_that_need_it_are_refused(monkeypatch):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EngineError, match="transformers is not installed"):
+        bench.main(["padding", "batches"])
+
+
+def test_an_unknown_benchmark_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["speed"])
+    assert "there is no benchmark speed" in capsys.readouterr().err
+
+
+def test_every_benchmark_is_run():
+    folder = Path(bench.__file__).parent
+    helpers = {"__init__", "__main__", "timing", "corpora"}
+    assert {path.stem for path in folder.glob("*.py")} - helpers == set(bench.NAMES)
