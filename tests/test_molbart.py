@@ -1,5 +1,6 @@
 """MolBART: shapes, counts, and that the halves used by generation are the whole."""
 
+import copy
 import fnmatch
 
 import pytest
@@ -120,13 +121,35 @@ def test_the_plan_covers_every_matrix_and_matches_something():
     assert matrices == {name for name, word in planned.items() if word != "local"}
 
 
-def test_fused_rows_are_ordered_by_head():
-    """Dropping the last two heads' rows of QKV (and columns of the output) leaves the first two heads as they were."""
-    attention = tiny().encoder[0].attention
-    x = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(3))
-    whole = attention.qkv(x).unflatten(-1, (-1, 3, 8))[:, :, :2]
-    half = nn.functional.linear(x, attention.qkv.weight[:48], attention.qkv.bias[:48]).unflatten(-1, (-1, 3, 8))
-    assert torch.allclose(half, whole, atol=1e-6)
+def half(linear, rows=slice(None), columns=slice(None), bias=True):
+    """A tensor rank's part of a linear layer."""
+    part = nn.Linear(*reversed(linear.weight[rows, columns].shape))
+    part.weight.data = linear.weight[rows, columns].detach()
+    part.bias.data = linear.bias[rows].detach() if bias else torch.zeros_like(part.bias)
+    return part
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_fused_rows_are_ordered_by_head(cross):
+    """Cut as two tensor ranks cut it (rows of QKV, columns of the output), the halves' outputs add up to the whole."""
+    generator = torch.Generator().manual_seed(3)
+    x, memory = torch.randn(1, 5, 32, generator=generator), torch.randn(1, 6, 32, generator=generator)
+    layer = tiny().decoder[0]
+    whole = layer.cross_attention if cross else layer.self_attention
+    for parameter in whole.parameters():
+        parameter.data.normal_(0, 0.3, generator=generator)
+
+    def run(attention):
+        return attention(x, attention.project_memory(memory), None) if cross else attention(x, None, causal=True)
+
+    total = torch.zeros(1, 5, 32)
+    for rank in (0, 1):
+        part = copy.deepcopy(whole)
+        for name, size in (("q", 16), ("kv", 32)) if cross else (("qkv", 48),):
+            setattr(part, name, half(getattr(whole, name), rows=slice(rank * size, (rank + 1) * size)))
+        part.out = half(whole.out, columns=slice(rank * 16, rank * 16 + 16), bias=rank == 0)
+        total = total + run(part)
+    assert float((total - run(whole)).detach().abs().max()) < 1e-5  # fp32, outputs of order 1
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
 from biokit.config import ModelConfig, TrainConfig
-from biokit.errors import ConfigError
+from biokit.errors import ConfigError, RunError
 from biokit.models.molbart import MOLBART
-from biokit.parallel.strategy import Single, find_strategy
+from biokit.parallel.strategy import Single, find_strategy, fold_layers
 
 CPU = torch.device("cpu")
 
@@ -111,6 +112,58 @@ def test_states_round_trip(batch):
         strategy.step(1e-3)
     assert gap(first.model_state(), second.model_state()) == 0.0
     assert gap(first.optimizer_state(), second.optimizer_state()) == 0.0
+
+
+def test_the_loss_scale_goes_on_where_it_was(batch):
+    first = make(precision="fp16", initial_loss_scale=4.0, loss_scale_window=3)
+    for _ in range(2):
+        first.backward(batch, 1e-3, 0)
+        first.step(1e-4)
+    second = make(precision="fp16", initial_loss_scale=64.0, loss_scale_window=3)
+    second.load(first.model_state(), first.optimizer_state(), first.scaler_state())
+    for strategy in (first, second):
+        strategy.backward(batch, 1e-3, 0)
+        strategy.step(1e-4)
+        assert strategy.scaler_state()["scale"] == 8.0  # the third good step of three doubles 4
+
+
+def test_every_micro_batch_has_masks_of_its_own(batch):
+    strategy = make(dropout=0.3)
+    micros = [batch, batch]
+    seen = []
+    strategy.backward = lambda micro, scale, seed: (
+        seen.append(Single.backward(strategy, micro, scale, seed)) or seen[-1]
+    )
+    strategy.train_batch(micros, 100, [1, 2], 1e-3)
+    assert seen[0].loss != seen[1].loss
+    assert [s.num_valid for s in seen] == [seen[0].num_valid] * 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_gradient_that_is_not_finite_ends_the_run_and_leaves_the_weights(batch, precision):
+    strategy = make(precision=precision, initial_loss_scale=1.0)
+    before = {name: tensor.clone() for name, tensor in strategy.model_state().items()}
+    strategy.backward(batch, 0.01, 0)
+    next(strategy.model.parameters()).grad[0, 0] = float("inf")
+    with pytest.raises(RunError, match="gradient norm is"):
+        strategy.step(1e-3)
+    assert gap(before, strategy.model_state()) == 0.0
+
+
+def test_a_stage_draws_the_masks_of_its_place():
+    layers = [nn.Dropout(0.5), nn.Dropout(0.5), nn.Dropout(0.5)]
+    ones = torch.ones(1000)
+    parts = fold_layers(layers[:1], ones, 7, False)
+    assert torch.equal(fold_layers(layers[1:], parts, 7, False, first_position=1), fold_layers(layers, ones, 7, False))
+    assert not torch.equal(fold_layers(layers[1:], parts, 7, False), fold_layers(layers, ones, 7, False))
+
+
+def test_optimizer_template_is_what_a_step_leaves(batch):
+    strategy = make()
+    strategy.backward(batch, 0.01, 0)
+    strategy.step(1e-3)
+    template, state = strategy.optimizer_template(), strategy.optimizer_state()
+    assert {k: v.shape for k, v in template.items()} == {k: v.shape for k, v in state.items()}
 
 
 def test_weight_decay_spares_vectors():

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,6 +131,91 @@ def test_early_stopping(tmp_path):
     assert train(config)["step"] == 3  # the first evaluation is the best, two are not better
 
 
+def early(folder, name):
+    """Losses that never get better: patience 4 ends the run at step 5."""
+    keys = {"train_iters": 20, "lr": 0.0, "lr_schedule": "constant", "eval_interval": 1, "early_stopping_patience": 4}
+    return small_config(folder, name, **keys)
+
+
+def test_patience_spans_a_stop(tmp_path, monkeypatch):
+    train(early(tmp_path, "whole"))
+    config = early(tmp_path, "parts")
+    looks = iter([False, False, False, True])
+    monkeypatch.setattr(RunFolder, "stop_requested", lambda self: next(looks, False))
+    assert train(config)["step"] == 3
+    manifest = train(config)
+    assert (manifest["status"], manifest["step"]) == ("finished", 5)
+    assert losses(config) == losses(early(tmp_path, "whole"))
+
+
+def test_an_early_stopped_run_stays_as_it_is(tmp_path):
+    config = early(tmp_path, "run")
+    for _ in range(3):
+        assert train(config)["step"] == 5
+    assert len(losses(config)) == 5
+
+
+def test_the_best_weights_are_kept(tmp_path):
+    train(early(tmp_path, "run"))
+    assert 1 in RunFolder(tmp_path / "run").checkpoint_steps()
+
+
+def test_early_stopping_without_val_molecules_is_refused(tmp_path):
+    config = small_config(tmp_path, eval_interval=1, early_stopping_patience=2)
+    config.data.split_ratio = "100,0,0"
+    with pytest.raises(DataError, match="val part holds no molecule"):
+        train(config)
+
+
+def test_other_molecules_are_refused(tmp_path):
+    config = small_config(tmp_path)
+    train(config)
+    shutil.rmtree(Path(config.run_dir) / "data")
+    path = Path(config.data.dataset_path)
+    path.write_text("\n".join(path.read_text().split()[:-3]) + "\n")
+    with pytest.raises(CheckpointError, match="other molecules"):
+        train(config)
+
+
+def test_moved_data_is_not_other_data(tmp_path):
+    config = small_config(tmp_path)
+    train(config)
+    moved = tmp_path / "elsewhere.smi"
+    Path(config.data.dataset_path).rename(moved)
+    shutil.rmtree(Path(config.run_dir) / "data")
+    config.data.dataset_path = str(moved)
+    config.train.train_iters = 7
+    assert train(config)["resumed_from"] == 6
+
+
+def test_fewer_steps_than_made_are_refused(tmp_path):
+    train(small_config(tmp_path))
+    with pytest.raises(ConfigError, match=r"at step 6, beyond train\.train_iters=3"):
+        train(small_config(tmp_path, train_iters=3))
+
+
+def test_stop_during_preparation_is_kept(tmp_path, monkeypatch):
+    import biokit.train
+
+    config, prepare = small_config(tmp_path), biokit.train.prepare_data
+
+    def stop_and_prepare(config):
+        RunFolder(config.run_dir).request_stop()
+        return prepare(config)
+
+    monkeypatch.setattr(biokit.train, "prepare_data", stop_and_prepare)
+    manifest = train(config)
+    assert (manifest["status"], manifest["step"]) == ("stopped", 0)
+
+
+def test_threads_are_given_back(tmp_path):
+    import torch
+
+    before = torch.get_num_threads()
+    train(small_config(tmp_path, num_threads=before + 1))
+    assert torch.get_num_threads() == before
+
+
 def test_log_interval(tmp_path):
     config = small_config(tmp_path, log_interval=4)
     train(config)
@@ -220,7 +306,10 @@ def test_cuda_without_cuda_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("group", "key", "value"), [("model", "dropout", 0.2), ("data", "mask_prob", 0.3)])
+@pytest.mark.parametrize(
+    ("group", "key", "value"),
+    [("model", "dropout", 0.2), ("data", "mask_prob", 0.3), ("train", "global_batch_size", 4)],
+)
 def test_resuming_with_another_model_or_data_is_refused(tmp_path, group, key, value):
     config = small_config(tmp_path)
     train(config)

@@ -50,6 +50,7 @@ def make_config(run_dir: Path, dataset_path: str) -> RunConfig:
                 "save_interval": SAVE_INTERVAL,
                 "eval_interval": 6,
                 "eval_iters": 1,
+                "early_stopping_patience": 3,
                 "num_threads": 1,
                 "progress": False,
                 "tensorboard": False,
@@ -81,23 +82,24 @@ def whole_run(config: RunConfig) -> None:
 
 def kill_at(process: multiprocessing.process.BaseProcess, folder: RunFolder, delay_s: float, in_save: bool) -> bool:
     """SIGKILL after `delay_s`, or (`in_save`) that long after the next save began; True when a save was cut."""
+    before = partials(folder)  # of an earlier life: its successor removes them
     deadline = time.monotonic() + 120
     while in_save and process.is_alive() and time.monotonic() < deadline:
-        if has_partial(folder):
+        if partials(folder) - before:
             break
     until = time.monotonic() + delay_s
     while process.is_alive() and time.monotonic() < until:
         time.sleep(min(0.0005, max(0.0, until - time.monotonic())))
-    if not process.is_alive():
-        return False
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
+    if process.is_alive():
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
     process.join()
-    return has_partial(folder)
+    return bool(partials(folder) - before)
 
 
-def has_partial(folder: RunFolder) -> bool:
-    return any(folder.checkpoints.glob(f"{PARTIAL}*"))
+def partials(folder: RunFolder) -> set[str]:
+    """Names of the unfinished checkpoints; they hold the writer's process id."""
+    return {path.name for path in folder.checkpoints.glob(f"{PARTIAL}*")}
 
 
 def checkpoint_digests(folder: RunFolder) -> dict[int, str]:
@@ -160,23 +162,28 @@ def upper_bound(failures: int, trials: int, confidence: float = 0.95) -> float:
     return high
 
 
+def undisturbed_run(root: Path) -> tuple[RunFolder, float]:
+    """The run to compare with, and how long a run takes from a ready store."""
+    CONTEXT.set_forkserver_preload(["biokit.train", "biokit.chem.molecules", "biokit.kernels.smiles_scanner"])
+    config = make_config(root / "reference", "wehi_mols")
+    whole_run(config)
+    reference = RunFolder(config.run_dir)
+    again = make_config(root / "timed", str(reference.path / "data"))
+    begun = time.monotonic()
+    whole_run(again)
+    return reference, time.monotonic() - begun
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    CONTEXT.set_forkserver_preload(["biokit.train", "biokit.chem.molecules", "biokit.kernels.smiles_scanner"])
     rng, started = random.Random(options.seed), time.monotonic()
     failed = kills = kills_in_save = 0
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        config = make_config(root / "reference", "wehi_mols")
-        whole_run(config)
-        reference = RunFolder(config.run_dir)
-        again = make_config(root / "timed", str(reference.path / "data"))
-        begun = time.monotonic()
-        whole_run(again)
-        seconds = time.monotonic() - begun
+        reference, seconds = undisturbed_run(root)
         for number in range(options.trials):
             trial = run_trial(number, root, reference, seconds, rng)
             failed += bool(trial.faults)
