@@ -289,7 +289,7 @@ class Trainer:
     def _check_fits(self, path: Path, saved: Checkpoint) -> None:
         asked = f"resume from {path}"
         for key, what in (("vocab_hash", "another vocabulary"), ("data_hash", "other molecules")):
-            if saved.manifest[key] != self.about[key]:
+            if saved.manifest.get(key) != self.about[key]:
                 raise CheckpointError(
                     asked, f"it was made with {what}", "Give the run its own data, or another run_dir"
                 )

@@ -1,5 +1,6 @@
 """The ways to install agree with one another, and the tree is what the design says."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -61,3 +62,42 @@ def test_imports_cost_no_more_than_they_say(module, forbidden):
     code = f"import sys, {module}; print(*(m for m in {forbidden!r} if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_readme_names_every_module():
+    text = (ROOT / "README.md").read_text()
+    modules = [*(ROOT / "biokit").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
+    missing = [path.name for path in modules if path.name != "__init__.py" and path.name not in text]
+    assert missing == []
+
+
+def test_readme_names_every_notebook_and_target():
+    text = (ROOT / "README.md").read_text()
+    assert all(f"notebooks/{path.name}" in text for path in (ROOT / "notebooks").glob("*.ipynb"))
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`make (\w+)", text):
+        assert f"\n{target}:" in makefile, target
+
+
+def test_back_ticked_names_exist():
+    """A docstring or document that names `biokit.x.y` names something that is there."""
+    texts = [*(ROOT / "biokit").rglob("*.py"), *(ROOT / "kernels").glob("*.py"), ROOT / "README.md", ROOT / "LOG.md"]
+    for path in texts:
+        for name in re.findall(r"`(biokit(?:\.\w+)+)`", path.read_text()):
+            assert resolves(name), f"{path.name}: {name}"
+
+
+def resolves(name):
+    parts = name.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:cut]))
+        except ImportError:
+            continue
+        return all((found := getattr(found, part, None)) is not None for part in parts[cut:])
+    return False
+
+
+def test_models_know_no_process_group():
+    for path in (ROOT / "biokit" / "models").glob("*.py"):
+        assert "torch.distributed" not in path.read_text()

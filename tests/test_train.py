@@ -126,6 +126,15 @@ def test_accumulation_gives_the_curve_of_one_batch(tmp_path):
     assert curves[0] != curves[1]
 
 
+def test_every_micro_batch_of_every_step_has_a_seed_of_its_own(tmp_path, monkeypatch):
+    from biokit.parallel.strategy import Single
+
+    seeds, train_batch = [], Single.train_batch
+    monkeypatch.setattr(Single, "train_batch", lambda *a: seeds.extend(a[3]) or train_batch(*a))
+    train(small_config(tmp_path, train_iters=3))
+    assert len(set(seeds)) == len(seeds) == sum((n + 3) // 4 for n in (8, 8, 1))
+
+
 def test_early_stopping(tmp_path):
     config = small_config(tmp_path, lr=0.0, lr_schedule="constant", eval_interval=1, early_stopping_patience=2)
     assert train(config)["step"] == 3  # the first evaluation is the best, two are not better
