@@ -26,7 +26,7 @@ from torch import nn
 from biokit.config import config_from_dict
 from biokit.errors import CheckpointError
 from biokit.models import build_model
-from biokit.runs import RunFolder
+from biokit.runs import RunFolder, flush_to_disk
 from biokit.tokenizers import SmilesTokenizer
 
 FORMAT = "biokit-checkpoint-1"
@@ -84,9 +84,9 @@ def save_checkpoint(
         manifest = {"format": FORMAT, "step": step, "files": files, **about}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
         for path in [*partial.iterdir(), partial]:
-            _fsync(path)
+            flush_to_disk(path)
         partial.rename(final)
-        _fsync(final.parent)
+        flush_to_disk(final.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
@@ -197,11 +197,3 @@ def _file_entry(path: Path) -> dict[str, Any]:
 
 def _entry_or_none(path: Path) -> dict[str, Any] | None:
     return _file_entry(path) if path.is_file() else None
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -182,6 +182,15 @@ class MetricsWriter:
             self._file.close()
 
 
+def flush_to_disk(path: Path) -> None:
+    """Have the disk hold what was written to a file or folder before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small text file in one step: readers see the old or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -77,9 +77,10 @@ def train(config: RunConfig) -> dict[str, Any]:
         try:
             with interrupted_by_sigterm():
                 store_dir = prepare_data(config)
-            if not config.do_training:
-                return folder.update_manifest(status="preprocessed", store_dir=str(store_dir))
-            return Trainer(config, folder, store_dir).run()
+                if not config.do_training:
+                    return folder.update_manifest(status="preprocessed", store_dir=str(store_dir))
+                trainer = Trainer(config, folder, store_dir)
+            return trainer.run()
         except KeyboardInterrupt:
             folder.update_manifest(status="stopped")
             raise

@@ -350,3 +350,20 @@ def test_a_light_path_imports_little():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_cached_molecules_of_another_store_are_refused(tmp_path):
+    from biokit.config import DataConfig
+    from biokit.data.molecules import MoleculeLoader, open_part
+    from biokit.data.preprocess import preprocess
+    from biokit.tokenizers import SmilesTokenizer
+
+    for name, smiles in (("a", "CCO\nCCN\nCCC\n"), ("b", "CO\nCN\nCC\n")):
+        (tmp_path / f"{name}.smi").write_text(smiles)
+        data = DataConfig(dataset_path=str(tmp_path / f"{name}.smi"), split_ratio="100,0,0", task="aug")
+        preprocess(data, tmp_path / name, 1, progress=False)
+    for suffix in ("bin", "idx", "json"):
+        (tmp_path / "b" / f"train_molecules.{suffix}").replace(tmp_path / "a" / f"train_molecules.{suffix}")
+    store, mols = open_part(tmp_path / "a", "train", data)
+    with pytest.raises(StoreError, match="another token store"):
+        MoleculeLoader(store, mols, SmilesTokenizer.packaged(), data, 1, 2)

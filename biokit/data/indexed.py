@@ -21,6 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from biokit.data.index_format import CODE_OF, REBUILD, build_index, parse_index
 from biokit.errors import StoreError
+from biokit.runs import flush_to_disk
 
 Ints = NDArray[np.integer]
 
@@ -55,6 +56,11 @@ class StoreWriter:
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
         self._bin = self._partial(".bin").open("wb")
         return self
+
+    @property
+    def bin_sha256(self) -> str:
+        """sha256 of what was added so far."""
+        return self._hash.hexdigest()
 
     def add_document(self, sequences: Sequence[Ints]) -> None:
         """Append one document: a list, possibly empty, of 1-d arrays."""
@@ -128,7 +134,7 @@ class StoreWriter:
             "num_documents": len(counts) - 1,
             "num_sequences": len(lengths),
             "num_tokens": int(lengths.sum(dtype=np.int64)),
-            "bin": {"size": self._num_bytes, "sha256": self._hash.hexdigest()},
+            "bin": {"size": self._num_bytes, "sha256": self.bin_sha256},
             "idx": {"size": len(index), "sha256": hashlib.sha256(index).hexdigest()},
             "metadata": self.metadata,
         }
@@ -141,11 +147,7 @@ class StoreWriter:
         Path(f"{self.prefix}.json").unlink(missing_ok=True)  # a store half replaced must not look whole
         for suffix in (".bin", ".idx", ".json"):
             self._partial(suffix).replace(f"{self.prefix}{suffix}")
-        folder = os.open(Path(self.prefix).parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        flush_to_disk(Path(self.prefix).parent)
 
 
 class TokenStore:
@@ -160,6 +162,7 @@ class TokenStore:
         self.prefix, self.dtype = prefix, data.dtype
         self.metadata: dict[str, Any] = manifest.get("metadata", {})
         self._manifest_hash: str = manifest.get("checksum", "")
+        self.bin_sha256: str = manifest.get("bin", {}).get("sha256", "")
         self.sequence_lengths, self._offsets, self.document_starts = index
         self.num_sequences = len(self.sequence_lengths)
         self._data = data

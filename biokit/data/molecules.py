@@ -354,5 +354,7 @@ def _check_stores(store: TokenStore, mols: TokenStore | None, tokenizer: Tokeniz
     if mols is not None and (len(mols) != len(store) or mols.dtype != np.uint8):
         found = f"{len(mols)} molecules ({mols.dtype}) beside {len(store)} documents"
         raise StoreError(f"cached molecules {mols.prefix}", found, again)
+    if mols is not None and mols.metadata.get("ids_sha256", store.bin_sha256) != store.bin_sha256:
+        raise StoreError(f"cached molecules {mols.prefix}", "they were made with another token store", again)
     if data.max_tokens and longest > data.max_tokens:
         raise ConfigError(f"data.max_tokens={data.max_tokens}", f"a molecule has {longest} tokens", "Raise it")

@@ -241,6 +241,8 @@ def _write_stores(folder: Path, spool: Spool, parts: Parts, tokenizer: SmilesTok
             if data.cache_molecules:
                 mols.append(stack.enter_context(StoreWriter(Path(mols_prefix), np.uint8, {"part": part})))
         spool.write_stores(parts, writers, mols)
+        for writer, molecules in zip(writers, mols, strict=False):  # no molecules where they are not cached
+            molecules.metadata["ids_sha256"] = writer.bin_sha256
 
 
 def _reuse(out: Path, data: DataConfig, identity: dict[str, str]) -> PreprocessReport:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from biokit.errors import DataError
+from biokit.runs import flush_to_disk
 
 
 @contextmanager
@@ -43,7 +44,7 @@ def publish_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
                 raise DataError(asked, "there is a folder already", "Give another folder, or overwrite=True")
             out.rename(old)
         partial.rename(out)
-        _flush(out.parent)
+        flush_to_disk(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -93,16 +94,8 @@ def _empty(folder: Path) -> None:
 
 def _flush_folder(folder: Path) -> None:
     for path in folder.iterdir():
-        _flush(path)
-    _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush_to_disk(path)
+    flush_to_disk(folder)
 
 
 def _cannot_write(asked: str, error: OSError) -> DataError:
