@@ -60,7 +60,8 @@ class LivePanel:
         if self._stop_asked and not self.state.ended:
             self._folder.request_stop()  # again: a training that just starts may have cleared an older STOP file
         self.state = read_state(self._run)
-        self.picture = show_training(self._run, scale=self._scale, title=self._title)
+        title = self._title or (str(self.state) if self.state.ended else "")
+        self.picture = show_training(self._run, scale=self._scale, title=title)
         if self._image is not None:
             self._image.value, self._image.alt = self.picture.png, self.picture.alt
             self._label.value = str(self.state)
@@ -71,10 +72,10 @@ class LivePanel:
         if self._button is not None:
             self._button.disabled, self._button.description = True, f"Run {self.state.status}"
             self._button.icon = ""
-        if self._displayed:  # notebooks keep the last picture, not the empty first one
+        if self._displayed:  # notebooks keep the last picture without the widgets, which need a live kernel
             from IPython.display import display
 
-            display(self._repr_mimebundle_(), raw=True, display_id=self._display_id, update=True)
+            display(self._static_bundle(), raw=True, display_id=self._display_id, update=True)
 
     def _watch(self) -> None:
         """Redraw until the run has ended; a run folder that cannot be read now is read again."""
@@ -111,12 +112,13 @@ class LivePanel:
         button.on_click(lambda _: self.stop())
         return ipywidgets.VBox([ipywidgets.HBox([button, label]), image]), image, label, button
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+    def _static_bundle(self) -> dict[str, Any]:
         static = self.picture._repr_mimebundle_()
-        static["text/plain"] = f"{self.state}\n{static['text/plain']}"
-        if self._widget is None:
-            return static
-        return {**self._widget._repr_mimebundle_(), **static}
+        return {**static, "text/plain": f"{self.state}\n{static['text/plain']}"}
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        live = {} if self._widget is None else self._widget._repr_mimebundle_()
+        return {**live, **self._static_bundle()}
 
     def _ipython_display_(self) -> None:
         from IPython.display import display

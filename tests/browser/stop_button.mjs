@@ -1,5 +1,5 @@
 // Opens a notebook in JupyterLab with headless Chromium, runs all cells, waits for the live panel to show steps,
-// clicks its stop button, and waits until the button says that the run was stopped.
+// clicks its stop button, and waits until the stopped run's last curve stands in the panel's place.
 //
 // node stop_button.mjs URL SCREENSHOT_STEM CHROMIUM PROFILE_DIR [FIRST_STEP]; prints one JSON object.
 // playwright-core is found in the folder BIOKIT_NODE_MODULES, or in node_modules beside this file.
@@ -53,16 +53,16 @@ try {
 
   const clicked = Date.now();
   await button.click();
-  await waitUntil(async () => /^stopped/.test(await panelText()), STOP_TIMEOUT_MS, "the word stopped");
+  const pressed = await button.isDisabled({ timeout: 1000 }).catch(() => true);  // or it is gone already
+  await button.waitFor({ state: "detached", timeout: STOP_TIMEOUT_MS });  // the run's last curve takes the panel's place
   const seconds = (Date.now() - clicked) / 1000;
-  await button.scrollIntoViewIfNeeded();
+  const curve = page.locator(".jp-Cell", { hasText: "LivePanel(run)" }).locator(".jp-RenderedImage img");
+  await curve.waitFor({ state: "visible", timeout: STOP_TIMEOUT_MS });
+  await curve.scrollIntoViewIfNeeded();
   await page.waitForTimeout(1500);
   await page.screenshot({ path: `${screenshotStem}_stopped.png` });
-  const images = await page.locator("img.widget-image, .widget-image img, img.jupyter-widgets").count();
-  console.log(JSON.stringify({
-    before, after: await panelText(), button: await button.textContent(), disabled: await button.isDisabled(), seconds,
-    images, failed, foreign, errors,
-  }));
+  const width = await curve.evaluate((image) => image.naturalWidth);
+  console.log(JSON.stringify({ before, pressed, seconds, width, failed, foreign, errors }));
 } catch (error) {
   const page = context.pages().at(-1);
   await page?.screenshot({ path: `${screenshotStem}_error.png` }).catch(() => {});
