@@ -141,7 +141,7 @@ def probe_versions() -> Iterator[Finding]:
         yield Finding(package, version + build, _install(package) if version == MISSING else "")
     absent = [package for package in NOTEBOOKS if version_of(package) == MISSING]
     found = ", ".join(f"{p} {version_of(p)}" for p in NOTEBOOKS if p not in absent)
-    yield Finding("notebooks", found or MISSING, _install("biokit[notebooks]") if absent else "")
+    yield Finding("notebooks", found or MISSING, _install_extra("notebooks") if absent else "")
 
 
 def probe_engines() -> Iterator[Finding]:
@@ -150,7 +150,7 @@ def probe_engines() -> Iterator[Finding]:
     for package, name in (("deepspeed", "DeepSpeed"), ("megatron-core", "Megatron-core")):
         version = version_of(package)
         found = "not installed" if version == MISSING else f"found {version}; no strategy of this version uses it"
-        yield Finding(name, found, _install("biokit[distributed]") if version == MISSING else "")
+        yield Finding(name, found, _install_extra("distributed") if version == MISSING else "")
 
 
 def probe_kernels() -> Iterator[Finding]:
@@ -267,6 +267,10 @@ def _run(command: list[str]) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout
+
+
+def _install_extra(extra: str) -> str:
+    return f'Install it, in biokit\'s folder: pip install -c constraints.txt -e ".[{extra}]"'
 
 
 def _install(what: str) -> str:

@@ -107,11 +107,8 @@ def test_what_is_missing_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(doctor, "version_of", lambda name: doctor.MISSING if name in gone else real(name))
     text = str(report())
     assert 'WARNING: rdkit is missing. Install it: pip install -c constraints.txt "rdkit".' in text
-    assert (
-        "DeepSpeed" in text
-        and 'not installed. Install it: pip install -c constraints.txt "biokit[distributed]"' in text
-    )
-    assert '"biokit[notebooks]"' in text
+    assert "DeepSpeed" in text and 'pip install -c constraints.txt -e ".[distributed]"' in text
+    assert '-e ".[notebooks]"' in text
 
 
 def test_gpus_come_from_the_driver_else_from_the_device_files(monkeypatch: pytest.MonkeyPatch) -> None:
