@@ -124,7 +124,7 @@ def run_trial(number: int, root: Path, reference: RunFolder, seconds: float, rng
     for _ in range(KILLS_PER_TRIAL):
         in_save = number % 2 == 1
         process = start(config)
-        cut = kill_at(process, folder, rng.uniform(0, 0.02) if in_save else rng.uniform(0, seconds), in_save)
+        cut = kill_at(process, folder, rng.uniform(0, 0.008) if in_save else rng.uniform(0, seconds), in_save)
         process.join()
         trial.kills += process.exitcode == -signal.SIGKILL
         trial.kills_in_save += cut
