@@ -44,9 +44,14 @@ def _parser() -> argparse.ArgumentParser:
     preprocess.set_defaults(run=_run_preprocess)
 
     notebook = commands.add_parser("notebook", help="execute a notebook by papermill into a run folder")
-    notebook.add_argument("notebook", type=Path)
-    notebook.add_argument("run_dir", type=Path)
-    notebook.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    notebook.add_argument("notebook", type=Path, metavar="NOTEBOOK", help="a .ipynb file with a `parameters` cell")
+    notebook.add_argument(
+        "run_dir", type=Path, metavar="RUN_DIR", help="its run folder; the executed copy goes there too"
+    )
+    notebook.add_argument(
+        "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+        help="a value for its parameters cell, e.g. -p train_iters 300",
+    )  # fmt: skip
     notebook.set_defaults(run=_run_notebook)
 
     doctor = commands.add_parser("doctor", help="versions, engines, kernels, devices; what to install for more")
@@ -55,8 +60,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", metavar="CONFIG", help="a packaged name (molbart_mini) or a YAML file")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.lr=1e-3 (or ++train.lr=1e-3)")
+    from biokit.config import packaged_configs
+
+    command.add_argument("config", metavar="CONFIG", help=f"{', '.join(packaged_configs())}, or a YAML file")
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="e.g. train.lr=1e-3 (or ++train.lr=1e-3); keys: biokit/config.py",
+    )
 
 
 def _run_train(options: argparse.Namespace) -> int:
@@ -70,17 +82,13 @@ def _run_train(options: argparse.Namespace) -> int:
 
 def _run_preprocess(options: argparse.Namespace) -> int:
     from biokit.config import load_config
-    from biokit.data.preprocess import preprocess
-    from biokit.runs import RunFolder
+    from biokit.data.preprocess import load_report
+    from biokit.train import train
 
-    config = load_config(options.config, options.overrides)
-    out = Path(config.data.store_dir or Path(config.run_dir) / "data")
-    folder = RunFolder(config.run_dir)
-    folder.create()
-    with folder.lock():
-        report = preprocess(config.data, out, config.seed)
-    print(report)
-    print(f"token stores: {report.folder}")
+    config = load_config(options.config, [*options.overrides, "do_training=False"])
+    store_dir = train(config)["store_dir"]
+    print(load_report(store_dir))
+    print(f"token stores: {store_dir}")
     return 0
 
 

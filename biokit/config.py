@@ -234,7 +234,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"config {path}", f"it cannot be read ({error})", "Mend the file") from error
+        raise ConfigError(
+            f"config {path}", f"it cannot be read ({' '.join(str(error).split())})", "Mend the file"
+        ) from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -323,13 +325,21 @@ def _checked(value: Any, hint: type, metadata: Mapping[str, Any], dotted: str, w
     if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(where, f"{dotted} is {value!r} ({type(value).__name__})", f"Give a {hint.__name__}")
+        raise ConfigError(
+            where,
+            f"{dotted} is {value!r} ({type(value).__name__})",
+            f"Give {'an' if hint is int else 'a'} {hint.__name__}",
+        )
     if "choices" in metadata and value not in metadata["choices"]:
         raise ConfigError(where, f"{dotted} is {value!r}", f"Valid: {', '.join(metadata['choices'])}")
     low, high = metadata.get("bounds", (None, None))
     finite = not isinstance(value, float) or math.isfinite(value)
     if low is not None and not (finite and low <= value <= high):
-        raise ConfigError(where, f"{dotted} is {value!r}", f"Valid: {low} to {high}")
+        raise ConfigError(
+            where,
+            f"{dotted} is {value!r}",
+            f"Valid: {low:g} or more" if high == math.inf else f"Valid: {low:g} to {high:g}",
+        )
     return value
 
 

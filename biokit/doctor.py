@@ -188,12 +188,12 @@ def probe_devices(gpus: list[Gpu]) -> Iterator[Finding]:
 
 
 def probe_extras(gpus: list[Gpu]) -> Iterator[Finding]:
-    use = "Build it from NVIDIA's source, or take conda-forge's nvidia-apex; never the package index's apex"
+    use = "With a GPU: build it from NVIDIA's source, or take conda-forge's nvidia-apex; never the package index's apex"
     if has_module("apex.optimizers"):
         yield Finding("NVIDIA apex", "found")
     else:
         found = "another package named apex is installed" if has_wrong_apex() else "not installed"
-        yield Finding("NVIDIA apex", f"{found}; torch's fused AdamW and layer norm are used", use if gpus else "")
+        yield Finding("NVIDIA apex", f"{found}; torch's fused AdamW and layer norm are used", use)
     engine = version_of("transformer-engine")
     do = "With a GPU: pip install --no-build-isolation 'transformer-engine[pytorch]'" if engine == MISSING else ""
     yield Finding("TransformerEngine", "not installed" if engine == MISSING else f"found {engine}", do)

@@ -141,7 +141,7 @@ def sample_like(
             src_BS = torch.from_numpy(batch["encoder_ids"][: num_samples - len(samples)])
             samples += sample_molecules(
                 model, tokenizer, src_BS, sampling_alg, top_k=top_k, top_p=top_p, temperature=temperature,
-                max_length=loader.data.max_length, seed=seed + len(samples),
+                max_length=loader.data.max_length, seed=(seed + len(samples)) % 2**63,
             )[0]  # fmt: skip
             if len(samples) >= num_samples:
                 return samples

@@ -7,6 +7,7 @@ writes metrics, checkpoints and the manifest there. Loss curves are bitwise the 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import math
 import sys
@@ -32,7 +33,7 @@ from biokit.checkpoint import (
 from biokit.config import RunConfig, config_hash, config_to_dict, config_to_yaml
 from biokit.data.batching import micro_slices
 from biokit.data.molecules import MoleculeLoader, open_part
-from biokit.errors import BiokitError, CheckpointError, ConfigError, DataError, RunError
+from biokit.errors import BiokitError, CheckpointError, ConfigError, DataError, EngineError, RunError
 from biokit.generate import sample_molecules
 from biokit.models import build_model, find_model
 from biokit.models.molbart import MOLBART, MolBART
@@ -78,6 +79,7 @@ def train(config: RunConfig) -> dict[str, Any]:
             with interrupted_by_sigterm():
                 store_dir = prepare_data(config)
                 if not config.do_training:
+                    folder.write_config(config_to_yaml(config))
                     return folder.update_manifest(status="preprocessed", store_dir=str(store_dir))
                 trainer = Trainer(config, folder, store_dir)
             return trainer.run()
@@ -97,14 +99,10 @@ def prepare_data(config: RunConfig) -> Path:
     Raises:
         DataError: the input cannot be read, or the folder holds something else.
     """
-    source = Path(config.data.dataset_path)
-    if (source / "preprocess.json").is_file():
-        return source
     from biokit.data.preprocess import preprocess
 
     out = Path(config.data.store_dir or Path(config.run_dir) / "data")
-    preprocess(config.data, out, config.seed, progress=config.train.progress)
-    return out
+    return preprocess(config.data, out, config.seed, progress=config.train.progress).folder
 
 
 class Trainer:
@@ -119,6 +117,9 @@ class Trainer:
         self.tokenizer = SmilesTokenizer.from_file(store_dir / "vocab.txt")
         self.train_loader = self._loader(store_dir, "train")
         self.val_loader = self._loader(store_dir, "val")
+        if config.train.eval_molecules and importlib.util.find_spec("rdkit") is None:
+            found = "rdkit is not installed, which reads the decoded molecules"
+            raise EngineError("train.eval_molecules", found, "Install rdkit, or give train.eval_molecules=0")
         if config.train.early_stopping_patience and not len(self.val_loader):
             raise DataError("train.early_stopping_patience", "the val part holds no molecule", "Check data.split")
         self.hidden_size: int = self.spec.resolve(config.model)["hidden_size"]
@@ -127,7 +128,7 @@ class Trainer:
             model, config.train, self.tokenizer.pad_id, self.device, self.spec.batch_keys
         )
         self.progress = Progress()
-        self.about = {
+        self.checkpoint_manifest = {
             "config": config_to_dict(config),
             "config_hash": config_hash(config),
             "vocab_hash": self.tokenizer.hash,
@@ -183,7 +184,7 @@ class Trainer:
         return 0 < self.config.train.early_stopping_patience <= self.progress.evaluations_since_best
 
     def _train_step(self, batches: Iterator[tuple[dict[str, np.ndarray], dict[str, int]]]) -> dict[str, Any]:
-        """One update over a global batch; returns its metrics line."""
+        """One update over a global batch; returns its metrics line (`tokens_per_s`: real tokens of both sides)."""
         started = time.perf_counter()
         train, step = self.config.train, self.progress.step + 1
         epoch = self.progress.position["epoch"] if self.progress.position else 0
@@ -225,6 +226,10 @@ class Trainer:
         if not sums.num_valid:
             return {}
         loss = sums.loss / sums.num_valid
+        if not math.isfinite(loss):
+            raise RunError(
+                "evaluation", f"the validation loss is {loss}", "Lower train.lr, or look at the val molecules"
+            )
         best = loss < self.progress.best_val_loss
         self.progress.evaluations_since_best = 0 if best else self.progress.evaluations_since_best + 1
         self.progress.best_val_loss = min(loss, self.progress.best_val_loss)
@@ -266,7 +271,7 @@ class Trainer:
             self.strategy.model_state(),
             self.strategy.optimizer_state(),
             state,
-            self.about,
+            self.checkpoint_manifest,
             "\n".join(self.tokenizer.vocabulary) + "\n",
         )
 
@@ -290,7 +295,7 @@ class Trainer:
     def _check_fits(self, path: Path, saved: Checkpoint) -> None:
         asked = f"resume from {path}"
         for key, what in (("vocab_hash", "another vocabulary"), ("data_hash", "other molecules")):
-            if saved.manifest.get(key) != self.about[key]:
+            if saved.manifest.get(key) != self.checkpoint_manifest[key]:
                 raise CheckpointError(
                     asked, f"it was made with {what}", "Give the run its own data, or another run_dir"
                 )
@@ -326,7 +331,7 @@ class Trainer:
             "step": self.progress.step,
             "train_iters": self.config.train.train_iters,
             "resumed_from": self.resumed_from,
-            "config_hash": self.about["config_hash"],
+            "config_hash": self.checkpoint_manifest["config_hash"],
             "vocab_hash": self.tokenizer.hash,
             "data_hash": self.train_loader.store.manifest_hash,
             "num_parameters": sum(p.numel() for p in self.strategy.model.parameters()),

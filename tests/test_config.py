@@ -46,7 +46,7 @@ def test_overrides_and_bionemo_forms():
         ({"train": {"leraning_rate": 1}}, ['unknown key "train.leraning_rate"', "Did you mean"]),
         ({"train": {"learning_rate": 1}}, ['"train.lr"']),
         ({"trian": {}}, ['unknown key "trian"']),
-        ({"train": {"train_iters": "many"}}, ["train.train_iters is 'many' (str)", "Give a int"]),
+        ({"train": {"train_iters": "many"}}, ["train.train_iters is 'many' (str)", "Give an int"]),
         ({"train": {"train_iters": True}}, ["train.train_iters is True (bool)"]),
         ({"train": {"train_iters": 0}}, ["train.train_iters is 0", "Valid: 1"]),
         ({"train": {"lr": float("inf")}}, ["train.lr"]),

@@ -3,12 +3,9 @@
 import dataclasses
 import json
 import math
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -242,55 +239,6 @@ def test_tensorboard_holds_the_curve(tmp_path):
     assert np.allclose(found, losses(config), rtol=1e-6)
 
 
-def run_cli(*arguments, **keys):
-    return subprocess.Popen([sys.executable, "-m", "biokit", *arguments], stderr=subprocess.PIPE, text=True, **keys)
-
-
-def start_long_run(tmp_path):
-    config = small_config(tmp_path, train_iters=100_000)
-    path = tmp_path / "config.yaml"
-    from biokit.config import config_to_yaml
-
-    path.write_text(config_to_yaml(config))
-    process = run_cli("train", str(path))
-    folder = RunFolder(config.run_dir)
-    deadline = threading.Event()
-    for _ in range(600):
-        if len(folder.read_metrics()) > 3:
-            return process, folder
-        deadline.wait(0.1)
-    raise AssertionError(process.communicate(timeout=5))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_save_and_end_with_status_0(tmp_path, number):
-    process, folder = start_long_run(tmp_path)
-    os.kill(process.pid, number)
-    assert process.wait(timeout=30) == 0
-    process.communicate()
-    manifest = folder.read_manifest()
-    assert manifest["status"] == "stopped"
-    assert folder.checkpoint_steps() == [manifest["step"]]
-
-
-def test_stop_file(tmp_path):
-    process, folder = start_long_run(tmp_path)
-    folder.request_stop()
-    assert process.wait(timeout=30) == 0
-    process.communicate()
-    assert folder.read_manifest()["status"] == "stopped"
-    assert not folder.stop_requested()
-
-
-def test_a_second_trainer_is_refused(tmp_path):
-    process, _ = start_long_run(tmp_path)
-    config = small_config(tmp_path)
-    with pytest.raises(RunError, match="another process is training"):
-        train(config)
-    process.kill()
-    process.communicate()
-
-
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
@@ -405,3 +353,34 @@ def test_micro_batches_are_cut_and_trimmed():
 
 def test_flatten():
     assert flatten({"a": {"b": 1}, "c": 2}) == {"a.b": 1, "c": 2}
+
+
+def test_any_seed_that_passes_works(tmp_path):
+    config = dataclasses.replace(small_config(tmp_path, train_iters=1, eval_molecules=2), seed=2**63 - 1)
+    assert train(config)["status"] == "finished"
+
+
+def test_do_training_false_leaves_a_whole_run_folder(tmp_path):
+    config = dataclasses.replace(small_config(tmp_path), do_training=False)
+    train(config)
+    assert RunFolder(config.run_dir).config_file.is_file()
+
+
+def test_molecules_in_evaluation_need_rdkit(tmp_path, monkeypatch):
+    config = small_config(tmp_path, eval_molecules=2)
+    train(dataclasses.replace(config, do_training=False))
+    import biokit.train
+
+    monkeypatch.setattr(biokit.train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EngineError, match="rdkit is not installed"):
+        train(config)
+
+
+@pytest.mark.parametrize(("key", "value"), [("salts", "keep"), ("pool", 10), ("smiles_column", "foo")])
+def test_a_ready_store_is_not_what_else_is_asked(tmp_path, key, value):
+    config = small_config(tmp_path)
+    train(dataclasses.replace(config, do_training=False))
+    config.data.dataset_path = str(Path(config.run_dir) / "data")
+    setattr(config.data, key, value)
+    with pytest.raises(DataError, match=f"{key}={value}"):
+        train(dataclasses.replace(config, run_dir=str(tmp_path / "other")))

@@ -66,7 +66,8 @@ class Columns:
     def __str__(self) -> str:
         header = "header in its first row" if self.has_header else "no header"
         split = f', split in "{self.split_name}"' if self.split is not None else ""
-        return f'{header}, SMILES in "{self.smiles_name or self.smiles}"{split}'
+        column = f'"{self.smiles_name}"' if self.smiles_name else f"column {self.smiles + 1}"
+        return f"{header}, SMILES in {column}{split}"
 
 
 def choose_columns(

@@ -55,6 +55,9 @@ _NOT_STORED = (  # keys that decide batches, not stores
 )
 
 
+_FREE_IN_READY = ("dataset_path", "dataset", "max_length")  # the loader looks at the lengths itself
+
+
 @dataclass(frozen=True)
 class PreprocessReport:
     """What preprocessing did, or found done.
@@ -99,6 +102,7 @@ def preprocess(
     """
     out = Path(out)
     if _is_finished(Path(data.dataset_path)):
+        _check_ready(Path(data.dataset_path), data)
         return load_report(data.dataset_path)
     tokenizer = SmilesTokenizer.from_file(data.vocab_file) if data.vocab_file else SmilesTokenizer.packaged()
     identity = {"format": _FORMAT, "data_hash": data_hash(data, seed, tokenizer.hash)}
@@ -243,6 +247,21 @@ def _write_stores(folder: Path, spool: Spool, parts: Parts, tokenizer: SmilesTok
         spool.write_stores(parts, writers, mols)
         for writer, molecules in zip(writers, mols, strict=False):  # no molecules where they are not cached
             molecules.metadata["ids_sha256"] = writer.bin_sha256
+
+
+def _check_ready(folder: Path, data: DataConfig) -> None:
+    """Refuse keys that ask a finished folder, given as the data set itself, to be other than it is."""
+    asked = f"data.dataset_path={folder}"
+    try:
+        made = json.loads((folder / DONE_FILE).read_text(encoding="utf-8"))["data"]
+        settled = [f.name for f in dataclasses.fields(data) if f.name not in (*_NOT_STORED, *_FREE_IN_READY)]
+        wanted = {key: getattr(data, key) for key in settled if getattr(data, key) != getattr(DataConfig(), key)}
+        other = [f"{key}={value}, made with {made[key]}" for key, value in wanted.items() if made[key] != value]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(asked, f"its {DONE_FILE} cannot be read ({error})", "Preprocess again") from error
+    if other:
+        do = "Leave the key out, or preprocess the molecules again with it"
+        raise DataError(asked, f"it is preprocessed already, otherwise than asked ({'; '.join(other)})", do)
 
 
 def _reuse(out: Path, data: DataConfig, identity: dict[str, str]) -> PreprocessReport:

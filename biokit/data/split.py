@@ -7,6 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from biokit.data.masking import mix_bits
 from biokit.errors import ConfigError
 
 PART_NAMES = ("train", "val", "test")
@@ -47,7 +48,7 @@ def split_at_random(hashes: NDArray[np.uint64], fractions: NDArray[np.float64], 
     So a molecule stays in its part when rows are added, moved or doubled. Sizes vary as binomial draws do.
     """
     with np.errstate(over="ignore"):
-        mixed = _mix(hashes.astype(np.uint64) ^ _mix(np.array([seed], dtype=np.uint64)))
+        mixed = _scatter(hashes.astype(np.uint64) ^ _scatter(np.array([seed], dtype=np.uint64)))
     uniform = (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
     bounds = np.cumsum(fractions)[:2]
     return np.searchsorted(bounds, uniform, side="right").astype(np.int8)
@@ -69,7 +70,7 @@ def split_by_scaffold(groups: NDArray[np.int64], fractions: NDArray[np.float64],
     held_out = quotas[1:][quotas[1:] > 0]
     large = sizes > (held_out.min() / 2 if len(held_out) else np.inf)
     with np.errstate(over="ignore"):
-        keys = _mix(np.arange(len(sizes), dtype=np.uint64) ^ _mix(np.array([seed], dtype=np.uint64)))
+        keys = _scatter(np.arange(len(sizes), dtype=np.uint64) ^ _scatter(np.array([seed], dtype=np.uint64)))
     order = np.lexsort((keys, np.where(large, -sizes, 0), ~large))
     room = quotas.tolist()
     part_of = np.zeros(len(sizes), dtype=np.int8)
@@ -89,9 +90,6 @@ def check_disjoint(groups: NDArray[np.int64], parts: Parts) -> None:
     assert len(np.unique(pairs[0])) == pairs.shape[1], "a scaffold stands in two parts"
 
 
-def _mix(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): 64 bits in, 64 well mixed bits out, one to one."""
-    mixed = numbers + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+def _scatter(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """splitmix64 (Steele, Lea, Flood 2014) of each number: one to one, well mixed."""
+    return mix_bits(numbers + np.uint64(0x9E3779B97F4A7C15))

@@ -237,7 +237,7 @@ def build_molbart(config: ModelConfig, vocab_size: int, max_positions: int, seed
 
 def _build_layer(make: Callable[[], nn.Module], seed: int, position: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed * 1_000_003 + position)  # not those of CUDA devices
+        torch.default_generator.manual_seed((seed * 1_000_003 + position) % 2**63)  # not those of CUDA devices
         layer = make()
         initialize_xavier(layer)
     return layer

@@ -5,7 +5,6 @@ Every function returns a `Picture` (PNG and words), never fails on a string that
 
 from __future__ import annotations
 
-import itertools
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -181,40 +180,6 @@ def show_random_smiles(smiles: Sequence[str], *, title: str = "", columns: int =
     canvas.text(_MARGIN, canvas.height - 14, words, size=12, colour=GREY)
     alt = [title or f"{len(smiles)} SMILES of one molecule, its atoms shaded in the order in which each names them:"]
     return canvas.picture("\n".join([*alt, *(f"{i}. {text}" for i, text in enumerate(smiles, start=1))]))
-
-
-def find_hidden(tokens: Sequence[str], masked: Sequence[str], mask_token: str = "<MASK>") -> list[bool]:
-    """Which of `tokens` the masks in `masked` stand for: of the readings in which each run of masks hides one token or
-    more, the leftmost. Rows of equal length that differ only by masks are read place by place.
-
-    Raises:
-        DataError: `masked` does not come from `tokens` by masking.
-    """
-    tokens, masked = list(tokens), list(masked)
-    if len(tokens) == len(masked) and all(m in (t, mask_token) for t, m in zip(tokens, masked, strict=True)):
-        return [t != m for t, m in zip(tokens, masked, strict=True)]
-    runs: list[list[str]] = [[]]  # what stands between runs of masks
-    for previous, token in itertools.pairwise(["", *masked]):
-        if token != mask_token:
-            runs[-1].append(token)
-        elif previous != mask_token:
-            runs.append([])
-    hidden, position = [False] * len(tokens), len(runs[0])
-    explained = len(runs) > 1 and tokens[:position] == runs[0]
-    for number, run in enumerate(runs[1:], start=2):
-        last = len(tokens) - len(run)
-        earliest = last if number == len(runs) else position + 1
-        starts = range(max(position + 1, earliest), last + 1)
-        start = next((s for s in starts if tokens[s : s + len(run)] == run), None)
-        if start is None:
-            explained = False
-            break
-        hidden[position:start] = [True] * (start - position)
-        position = start + len(run)
-    if not explained:
-        found = f"{' '.join(masked)} does not come from {' '.join(tokens)} by masking"
-        raise DataError("masked tokens", found, "Give the row that was masked, and the mask token")
-    return hidden
 
 
 def _tile_size(num_atoms: Sequence[int], columns: int) -> tuple[int, int, int]:
