@@ -50,8 +50,8 @@ def _is_random_aspirin(smiles: str) -> bool:
 def _is_novel_valid(answer: tuple[str, set[str]]) -> bool:
     from biokit.chem.molecules import canonicalize
 
-    smiles, training = answer
-    return canonicalize(smiles) not in training
+    smiles, known = answer
+    return canonicalize(smiles) not in known
 
 
 EXERCISES = {
@@ -60,7 +60,7 @@ EXERCISES = {
         lambda loss: abs(loss - math.log(523)) < 0.005, "a model that knows nothing gives each of 523 tokens 1/523"
     ),
     "novel molecule": Exercise(
-        _is_novel_valid, "give (smiles, set of training SMILES) for a sample that is valid and not in the set"
+        _is_novel_valid, "give (smiles, set of known SMILES) for a sample that is valid and not in the set"
     ),
     "unclosed ring": Exercise(
         lambda smiles: "ring" in _reason(smiles), "a ring bond that is opened, like the 1 in C1CC, must be closed"

@@ -30,32 +30,40 @@ class RunFolder:
 
     @property
     def config_file(self) -> Path:
+        """The configuration, as YAML that `load_config` reads."""
         return self.path / "config.yaml"
 
     @property
     def manifest_file(self) -> Path:
+        """What the run is and where it stands, as JSON."""
         return self.path / "manifest.json"
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of all checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def logs(self) -> Path:
+        """Standard output of background runs."""
         return self.path / "logs"
 
     @property
     def tensorboard(self) -> Path:
+        """Event files."""
         return self.path / "tensorboard"
 
     @property
     def stop_file(self) -> Path:
+        """Its presence asks the run to stop."""
         return self.path / "STOP"
 
     def metrics_file(self, rank: int = 0) -> Path:
+        """One JSON object a line: `step, loss, lr, tokens_per_s, samples_per_s, time` and more."""
         return self.path / "metrics" / f"rank_{rank:05d}.jsonl"
 
     def checkpoint_dir(self, step: int) -> Path:
+        """The folder of the checkpoint of a step, whether there is one or not."""
         return self.checkpoints / f"step_{step:0{STEP_DIGITS}d}"
 
     def create(self) -> None:
@@ -82,9 +90,11 @@ class RunFolder:
         self.stop_file.touch()
 
     def stop_requested(self) -> bool:
+        """True while the STOP file is there."""
         return self.stop_file.exists()
 
     def clear_stop(self) -> None:
+        """Take the request back."""
         self.stop_file.unlink(missing_ok=True)
 
     @contextlib.contextmanager
@@ -117,9 +127,11 @@ class RunFolder:
                 path.unlink()
 
     def write_config(self, text: str) -> None:
+        """Replace `config.yaml`."""
         write_atomically(self.config_file, text)
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
+        """Replace `manifest.json`."""
         write_atomically(self.manifest_file, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
     def read_manifest(self) -> dict[str, Any]:

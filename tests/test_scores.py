@@ -35,8 +35,8 @@ def test_rows_keep_the_order_and_the_text_of_invalid_ones() -> None:
 
 
 def test_a_canonical_training_set_is_taken_as_it_is() -> None:
-    assert score_samples(["OCC"], ["CCO"], training_is_canonical=True).num_novel == 0
-    assert score_samples(["OCC"], ["OCC"], training_is_canonical=True).num_novel == 1
+    assert score_samples(["OCC"], ["CCO"], known_is_canonical=True).num_novel == 0
+    assert score_samples(["OCC"], ["OCC"], known_is_canonical=True).num_novel == 1
     assert score_samples(["OCC"], ["OCC"]).num_novel == 0
 
 

@@ -1,7 +1,7 @@
 """Scores of generated SMILES, by the definitions of MOSES (Polykovskiy et al. 2020, section 3.2).
 
-validity = valid / all, uniqueness = distinct / valid, novelty = distinct and not in the training set / distinct;
-"distinct" compares canonical SMILES. A share of nothing is NaN: with no valid sample, uniqueness has no value.
+validity = valid / all, uniqueness = distinct / valid, novelty = distinct and not known / distinct; known are the training
+set and the prompts; "distinct" compares canonical SMILES. A share of nothing is NaN: with no valid sample, uniqueness has no value.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Scores:
             [
                 f"validity   {_percent(self.validity)}  ({self.num_valid} of {self.num_samples} samples are molecules)",
                 f"uniqueness {_percent(self.uniqueness)}  ({self.num_unique} distinct of {self.num_valid} valid)",
-                f"novelty    {_percent(self.novelty)}  ({self.num_novel} of {self.num_unique} distinct are not in the "
-                "training set)",
+                f"novelty    {_percent(self.novelty)}  ({self.num_novel} of {self.num_unique} distinct are not known "
+                "molecules)",
             ]
         )
 
@@ -63,18 +63,19 @@ def canonicalize_all(smiles: Iterable[str]) -> list[str]:
     return [_canonical(text) for text in smiles]
 
 
-def score_samples(samples: Sequence[str], training: Iterable[str], *, training_is_canonical: bool = False) -> Scores:
-    """Score generated strings against the SMILES that the model was trained on.
+def score_samples(samples: Sequence[str], known: Iterable[str], *, known_is_canonical: bool = False) -> Scores:
+    """Score generated strings against the molecules that the model has seen.
 
     Args:
         samples: generated strings; one that cannot be parsed, or is empty, is invalid.
-        training: SMILES of the training set; those that cannot be parsed are left out.
-        training_is_canonical: they are RDKit's canonical SMILES already (token stores hold such), so none is parsed.
+        known: SMILES of the training set, and of the prompts where the model was prompted: a copied prompt is not
+            novel. Those that cannot be parsed are left out.
+        known_is_canonical: they are RDKit's canonical SMILES already (token stores hold such), so none is parsed.
     """
     canonical = canonicalize_all(samples)
-    known = set(training if training_is_canonical else canonicalize_all(training))
+    seen = set(known if known_is_canonical else canonicalize_all(known))
     rows = tuple(
-        Sample(found or raw, bool(found), bool(found) and found not in known)
+        Sample(found or raw, bool(found), bool(found) and found not in seen)
         for raw, found in zip(samples, canonical, strict=True)
     )
     distinct = {found for found in canonical if found}
@@ -83,7 +84,7 @@ def score_samples(samples: Sequence[str], training: Iterable[str], *, training_i
         num_samples=len(rows),
         num_valid=sum(row.valid for row in rows),
         num_unique=len(distinct),
-        num_novel=len(distinct - known),
+        num_novel=len(distinct - seen),
     )
 
 
