@@ -1,7 +1,8 @@
 """Scores of generated SMILES, by the definitions of MOSES (Polykovskiy et al. 2020, section 3.2).
 
-validity = valid / all, uniqueness = distinct / valid, novelty = distinct and not known / distinct; known are the training
-set and the prompts; "distinct" compares canonical SMILES. A share of nothing is NaN: with no valid sample, uniqueness has no value.
+validity = valid / all, uniqueness = distinct / valid, novelty = distinct and not known / distinct. "distinct" compares
+canonical SMILES; known are the training set and the prompts. A share of nothing is NaN: with no valid sample,
+uniqueness has no value.
 """
 
 from __future__ import annotations
