@@ -53,8 +53,8 @@ class Scores:
             [
                 f"validity   {_percent(self.validity)}  ({self.num_valid} of {self.num_samples} samples are molecules)",
                 f"uniqueness {_percent(self.uniqueness)}  ({self.num_unique} distinct of {self.num_valid} valid)",
-                f"novelty    {_percent(self.novelty)}  ({self.num_novel} of {self.num_unique} distinct are not among the "
-                "known molecules)",
+                f"novelty    {_percent(self.novelty)}  ({self.num_novel} of {self.num_unique} distinct are not among "
+                "the known molecules)",
             ]
         )
 
