@@ -249,17 +249,13 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
     key, value = parse_override(text)
     key = key.removeprefix("model.") if key.startswith("model.data.") else key
     types = dict(_leaf_types(RunConfig))
-    if any(leaf.startswith(f"{key}.") for leaf in types):
-        raise ConfigError(
-            f'override "{text}"', f"{key} is a group of keys", f"Set one of them, e.g. {_first(key, types)}=..."
-        )
+    inside = [leaf for leaf in types if leaf.startswith(f"{key}.")]
+    if inside:
+        do = f"Set one of them, e.g. {inside[0]}=..."
+        raise ConfigError(f'override "{text}"', f"{key} is a group of keys", do)
     if types.get(key) is str:
         value = text.partition("=")[2].strip()
     _set_dotted(tree, key, value)
-
-
-def _first(group: str, types: Mapping[str, Any]) -> str:
-    return next(leaf for leaf in types if leaf.startswith(f"{group}."))
 
 
 def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:

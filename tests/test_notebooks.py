@@ -30,7 +30,7 @@ def test_outputs_are_committed_and_whole(path):
         assert "injected-parameters" not in cell.metadata.get("tags", [])
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
+@pytest.mark.parametrize("path", NOTEBOOKS + SOLUTIONS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_one_parameters_cell_of_literals_with_comments(path):
     (cell,) = [cell for cell in cells(path) if "parameters" in cell.metadata.get("tags", [])]
     for line in cell.source.splitlines():
