@@ -61,5 +61,5 @@ def write_tensorboard(board: Any | None, line: Mapping[str, Any]) -> None:
     """The numbers of a metrics line as scalars of its step."""
     if board is not None:
         for name, value in line.items():
-            if name != "step":
+            if name != "step" and value is not None:
                 board.add_scalar(name, value, line["step"])

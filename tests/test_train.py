@@ -341,6 +341,14 @@ def test_training_from_a_store_needs_torch_numpy_safetensors_and_yaml_only(tmp_p
     assert "no TensorBoard files" in done.stderr
 
 
+def test_skipped_fp16_steps_are_told(tmp_path):
+    config = small_config(tmp_path, precision="fp16", initial_loss_scale=2.0**40, tensorboard=True)
+    assert train(config)["status"] == "finished"
+    lines = RunFolder(config.run_dir).read_metrics()
+    assert lines[0]["skipped"] and lines[0]["grad_norm"] is None
+    assert all(math.isfinite(line["loss"]) for line in lines)
+
+
 def test_micro_batches_are_cut_and_trimmed():
     ids = np.zeros((5, 6), dtype=np.int64)
     for row, length in enumerate((2, 3, 6, 1, 4)):
