@@ -1,5 +1,6 @@
 """The ways to install agree with one another, and the tree is what the design says."""
 
+import hashlib
 import importlib
 import re
 import subprocess
@@ -101,3 +102,13 @@ def resolves(name):
 def test_models_know_no_process_group():
     for path in (ROOT / "biokit" / "models").glob("*.py"):
         assert "torch.distributed" not in path.read_text()
+
+
+def test_data_readme_has_the_hash_of_every_file():
+    table = re.findall(
+        r"^\| (\S+/\S+) \|.*\| ([0-9a-f]{64}) \|$", (ROOT / "data" / "README.md").read_text(), re.MULTILINE
+    )
+    files = [path for path in (ROOT / "data").rglob("*") if path.is_file() and path.parent != ROOT / "data"]
+    assert {ROOT / "data" / name for name, _ in table} == set(files)
+    for name, expected in table:
+        assert hashlib.sha256((ROOT / "data" / name).read_bytes()).hexdigest() == expected, name
