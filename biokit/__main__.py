@@ -23,7 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"biokit: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except OSError as error:
-        print(f"biokit: {options.command}: {error}. Check the disk and the permissions.", file=sys.stderr)
+        print(
+            f"biokit: {options.command}: {str(error).rstrip('.')}. Check the disk and the permissions.", file=sys.stderr
+        )
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("biokit: interrupted", file=sys.stderr)

@@ -35,7 +35,13 @@ def test_one_parameters_cell_of_literals_with_comments(path):
     (cell,) = [cell for cell in cells(path) if "parameters" in cell.metadata.get("tags", [])]
     for line in cell.source.splitlines():
         assert re.fullmatch(r"\w+ = (\".*\"|\d+(\.\d+)?|True|False)  # \S.*", line), line
-    assert "run_dir" in papermill.inspect_notebook(str(path))
+    found = papermill.inspect_notebook(str(path))  # a value with "=" in it would be missed
+    assert "run_dir" in found and len(found) == len(cell.source.splitlines())
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS + SOLUTIONS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_no_notebook_removes_anything(path):
+    assert not any(re.search(r"rmtree|unlink|\brm\b|overwrite=True", cell.source) for cell in cells(path))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
