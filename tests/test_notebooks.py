@@ -1,5 +1,6 @@
 """Notebooks: how they are written, and the runner that executes, judges and trusts them."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -84,7 +85,9 @@ FINISH = "from biokit.runs import RunFolder\nRunFolder(run_dir).update_manifest(
 def test_a_notebook_is_executed_judged_and_trusted(tmp_path):
     path = write_notebook(tmp_path / "a.ipynb", 'run_dir = ""  # folder\nstatus = "finished"  # end', FINISH)
     done = run_notebook(path, tmp_path / "out")
-    assert NotebookNotary().check_signature(nbformat.read(done.path, 4))
+    notary = NotebookNotary()
+    with contextlib.closing(notary.store):
+        assert notary.check_signature(nbformat.read(done.path, 4))
     assert "manifest.json" in str(done)
     with pytest.raises(RunError, match="its run is 'failed'"):
         run_notebook(path, tmp_path / "out", {"status": "failed"})

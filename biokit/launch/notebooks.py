@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,7 +89,9 @@ def trust_notebook(path: Path) -> None:
     import nbformat
     from nbformat.sign import NotebookNotary
 
-    NotebookNotary().sign(nbformat.read(path, as_version=4))
+    notary = NotebookNotary()
+    with contextlib.closing(notary.store):
+        notary.sign(nbformat.read(path, as_version=4))
 
 
 def _check_parameters(notebook: Path, values: Mapping[str, Any]) -> None:
