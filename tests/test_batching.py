@@ -2,10 +2,8 @@
 
 import csv
 import gzip
-import os
 import re
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ from hypothesis import strategies as st
 
 from biokit.data.batching import micro_slices, padding_ratio, plan_epoch, rank_slice
 from biokit.data.masking import mask_keys, masked_lengths
+from biokit.datasets import locate
 from biokit.errors import ConfigError
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=200).map(np.array)
@@ -131,9 +130,7 @@ def token_counts(path, column):
 
 
 def test_padding_is_low_on_wehi():
-    rdkit = pytest.importorskip("rdkit")
-    path = Path(rdkit.__file__).parent / "Data" / "Pains" / "test_data" / "wehi_mols.csv"
-    assert_low_padding(token_counts(path, 0))
+    assert_low_padding(token_counts(locate("wehi_mols"), 0))
 
 
 @pytest.mark.real_data
@@ -142,9 +139,6 @@ def test_padding_is_low_on_wehi():
     ["smiles_chembl/chembl_deepchem.csv.gz", "smiles_moses_zinc/train.csv.gz"],
     ids=["chembl", "moses"],
 )
-def test_padding_is_low_on_real_data(name):
-    root = os.environ.get("BIOKIT_REAL_DATA")
-    if not root:
-        pytest.skip("BIOKIT_REAL_DATA is not set")
-    lengths = token_counts(Path(root) / name, 0)
+def test_padding_is_low_on_real_data(name, real_data):
+    lengths = token_counts(real_data / name, 0)
     assert_low_padding(lengths[: 200_000 if "moses" in name else None])

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from biokit.config import DataConfig
@@ -209,7 +210,6 @@ def test_no_worker_survives_its_caller(tmp_path: Path, sent: signal.Signals) -> 
         "for batch in clean(rows, DataConfig(duplicates='keep'), SmilesTokenizer.packaged(), num_workers=2):\n"
         "    print('batch', flush=True)\n"
     )
-    psutil = pytest.importorskip("psutil")
     caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert caller.stdout is not None and caller.stdout.readline() == b"batch\n"
     workers = psutil.Process(caller.pid).children(recursive=True)
@@ -241,10 +241,7 @@ def test_sdf_records_are_cleaned(tmp_path: Path) -> None:
     ("name", "kept", "rejects"),
     [("bbbp", 1966, {"duplicate": 73, "not parsable": 11}), ("lipophilicity", 4200, {})],
 )
-def test_moleculenet(name: str, kept: int, rejects: dict[str, int]) -> None:
-    folder = os.environ.get("BIOKIT_REAL_DATA")
-    if not folder:
-        pytest.skip("BIOKIT_REAL_DATA is not set")
-    cleaning = clean(read_table(Path(folder) / "moleculenet" / f"{name}.csv"), DataConfig(), TOKENIZER, num_workers=2)
+def test_moleculenet(name: str, kept: int, rejects: dict[str, int], real_data: Path) -> None:
+    cleaning = clean(read_table(real_data / "moleculenet" / f"{name}.csv"), DataConfig(), TOKENIZER, num_workers=2)
     assert len(run(cleaning)) == kept
     assert cleaning.report.rejects == rejects

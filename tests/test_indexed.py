@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -284,7 +285,6 @@ def test_offsets_beyond_two_gibibytes(tmp_path):
 
 
 def test_stores_leak_no_files(tmp_path):
-    psutil = pytest.importorskip("psutil")
     prefix = write(tmp_path / "a")
     before = psutil.Process().num_fds()
     for _ in range(200):

@@ -7,8 +7,10 @@ import sys
 from itertools import islice
 
 import numpy as np
+import psutil
 import pytest
 
+from biokit.chem.molecules import canonicalize, mol_to_bytes
 from biokit.config import DataConfig
 from biokit.data.batching import micro_slices, rank_slice
 from biokit.data.indexed import StoreWriter, TokenStore
@@ -196,27 +198,26 @@ def test_pools_are_drawn_from_independently(tmp_path):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    chemistry = pytest.importorskip("biokit.chem.molecules")
     folder = tmp_path_factory.mktemp("real")
-    canonical = [chemistry.canonicalize(s) for s in SMILES]
+    canonical = [canonicalize(s) for s in SMILES]
     store, molecules_prefix = make_store(folder, [[s] for s in canonical])
     with StoreWriter(molecules_prefix, np.uint8) as writer:
         for smiles in canonical:
-            writer.add_document([np.frombuffer(chemistry.mol_to_bytes(smiles), np.uint8)])
-    return chemistry, folder, canonical, store, TokenStore.open(molecules_prefix)
+            writer.add_document([np.frombuffer(mol_to_bytes(smiles), np.uint8)])
+    return folder, canonical, store, TokenStore.open(molecules_prefix)
 
 
 @pytest.mark.parametrize("task", ["aug", "mask_aug"])
 def test_random_smiles_are_the_same_molecule(real, task):
-    chemistry, _, canonical, store, mols = real
+    _, canonical, store, mols = real
     made = loader(store, 3, mols=mols, task=task)
     seen = set()
     for epoch in range(6):
         for index, (source, labels) in samples(made, epoch).items():
             target = TOKENIZER.decode(labels)
-            assert chemistry.canonicalize(target) == canonical[index]
+            assert canonicalize(target) == canonical[index]
             if task == "aug":
-                assert chemistry.canonicalize(TOKENIZER.decode(source)) == canonical[index]
+                assert canonicalize(TOKENIZER.decode(source)) == canonical[index]
                 seen.add((index, TOKENIZER.decode(source) == target))
     assert task != "aug" or {(0, False), (4, False)} <= seen  # two draws, not one
     uncached = loader(store, 2, task=task)
@@ -226,18 +227,18 @@ def test_random_smiles_are_the_same_molecule(real, task):
 
 
 def test_unusable_random_smiles_fall_back_to_the_canonical_one(real, monkeypatch):
-    chemistry, _, canonical, store, mols = real
+    _, canonical, store, mols = real
     for texts in (["?", "C" * 999], ["", "Q"]):
-        monkeypatch.setattr(chemistry, "random_smiles", lambda *_, texts=texts: texts)
+        monkeypatch.setattr("biokit.chem.molecules.random_smiles", lambda *_, texts=texts: texts)
         for index, (source, labels) in samples(loader(store, 4, mols=mols, task="aug")).items():
             assert TOKENIZER.decode(source) == TOKENIZER.decode(labels) == canonical[index]
-    monkeypatch.setattr(chemistry, "random_smiles", lambda *_: ["CCN", "?"])
+    monkeypatch.setattr("biokit.chem.molecules.random_smiles", lambda *_: ["CCN", "?"])
     for index, (source, labels) in samples(loader(store, 4, mols=mols, task="aug")).items():
         assert (TOKENIZER.decode(source), TOKENIZER.decode(labels)) == ("CCN", canonical[index])
 
 
 def test_budget_holds_for_random_smiles(real):
-    _, _, _, store, mols = real
+    _, _, store, mols = real
     for batch in loader(
         store, mols=mols, task="mask_aug", max_tokens=60, max_length=60, mask_prob=0.9, span_lambda=0.1
     ).epoch():
@@ -245,7 +246,7 @@ def test_budget_holds_for_random_smiles(real):
 
 
 def test_open_part(real):
-    _, folder, _, _, _ = real
+    folder, _, _, _ = real
     assert open_part(folder, "train", DataConfig())[1] is None
     assert len(open_part(folder, "train", DataConfig(task="aug"))[1]) == len(SMILES)
     assert open_part(folder, "train", DataConfig(task="aug", pool=3))[1] is None
@@ -254,7 +255,7 @@ def test_open_part(real):
 
 
 def test_stores_that_do_not_fit_are_refused(tmp_path, many, real):
-    mols = real[4]
+    mols = real[3]
     for documents, metadata, settings, match in (
         ([["CC"]], {"vocab_hash": "else"}, {}, "another vocabulary"),
         ([["CC"], []], None, {}, "molecule 1 has no sequence"),
@@ -282,8 +283,7 @@ def test_an_empty_store(tmp_path):
 
 
 def test_workers_give_the_same_batches_and_leave_nothing(many, real):
-    psutil = pytest.importorskip("psutil")
-    _, _, _, store, mols = real
+    _, _, store, mols = real
     for made, settings in ((many, {}), (store, {"mols": mols, "task": "mask_aug"})):
         alone = list(islice(loader(made, 4, **settings).batches({"epoch": 0, "batch": 1}), 60))
         shared = loader(made, 4, num_workers=2, **settings).batches({"epoch": 0, "batch": 1})
@@ -304,7 +304,6 @@ def children(process):
 
 
 def test_opening_and_closing_many_times_leaks_nothing(many):
-    psutil = pytest.importorskip("psutil")
     before = psutil.Process().num_fds()
     for _ in range(200):
         next(loader(TokenStore.open(many.prefix)).batches())

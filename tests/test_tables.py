@@ -194,7 +194,7 @@ def test_the_split_field_of_an_sdf_is_found(tmp_path: Path, values: tuple[str, s
 
 
 def test_parquet(tmp_path: Path) -> None:
-    pa = pytest.importorskip("pyarrow")
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = tmp_path / "a.parquet"

@@ -216,7 +216,8 @@ def test_known_tokens_survive_the_round_trip(tokens: list[str]) -> None:
 
 
 def test_tensors_decode_too() -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     assert SMALL.decode_batch(torch.tensor([[2, 8, 3]])) == ["C"]
 
 
