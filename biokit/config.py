@@ -7,19 +7,17 @@ value fails before any work. `model.data.*` (BioNeMo) is an alias of `data.*`, `
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import math
-import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from biokit.errors import ConfigError
+from biokit.schema import bounded, build, choice, leaf_types, nearest_key
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 OTHER_NAMES = {  # what other systems call a key; used only to name the right one in an error
@@ -32,14 +30,6 @@ OTHER_NAMES = {  # what other systems call a key; used only to name the right on
     "output_dir": "run_dir",
     "data_path": "data.dataset_path",
 }
-
-
-def _choice(default: str, *choices: str) -> Any:
-    return field(default=default, metadata={"choices": choices})
-
-
-def _bounded(default: float, low: float, high: float = math.inf) -> Any:
-    return field(default=default, metadata={"bounds": (low, high)})
 
 
 @dataclass(kw_only=True)
@@ -58,30 +48,30 @@ class DataConfig:
     dataset_path: str = "wehi_mols"  # a named data set, a file, a folder, or a folder that `biokit preprocess` made
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     store_dir: str = ""  # where token stores are written; empty: <run_dir>/data
-    limit_rows: int = _bounded(0, 0)  # read at most so many rows; 0: all
+    limit_rows: int = bounded(0, 0)  # read at most so many rows; 0: all
     smiles_column: str = ""  # empty: guessed from name and content
     split_column: str = ""  # empty: `set` or `split` where there is one
-    split: str = _choice("auto", "auto", "column", "ratio", "random", "scaffold")  # auto: column if any, else random
+    split: str = choice("auto", "auto", "column", "ratio", "random", "scaffold")  # auto: column if any, else random
     split_ratio: str = "90,5,5"  # train, val, test
-    on_bad: str = _choice("drop", "drop", "raise")  # what to do with a row that cannot be used; drops are reported
-    salts: str = _choice("strip", "strip", "keep")
-    atom_maps: str = _choice("strip", "strip", "keep")
+    on_bad: str = choice("drop", "drop", "raise")  # what to do with a row that cannot be used; drops are reported
+    salts: str = choice("strip", "strip", "keep")
+    atom_maps: str = choice("strip", "strip", "keep")
     neutralize: bool = False
     canonical_tautomer: bool = False
-    duplicates: str = _choice("smiles", "smiles", "inchikey", "keep")
-    unknown_tokens: str = _choice("drop", "drop", "keep")
-    max_length: int = _bounded(512, 3, 65535)  # tokens a side, begin and end included
+    duplicates: str = choice("smiles", "smiles", "inchikey", "keep")
+    unknown_tokens: str = choice("drop", "drop", "keep")
+    max_length: int = bounded(512, 3, 65535)  # tokens a side, begin and end included
     vocab_file: str = ""  # empty: the packaged vocabulary
-    pool: int = _bounded(0, 0, 1000)  # random SMILES stored a molecule
+    pool: int = bounded(0, 0, 1000)  # random SMILES stored a molecule
     cache_molecules: bool = True  # store parsed molecules, so that random SMILES need no parsing
-    task: str = _choice("mask", "mask", "aug", "mask_aug")
-    mask_scheme: str = _choice("span", "span", "replace")
-    mask_prob: float = _bounded(0.10, 0.0, 1.0)
-    span_lambda: float = _bounded(3.0, 0.0, 100.0)
-    show_mask_token_prob: float = _bounded(1.0, 0.0, 1.0)  # `replace` only
+    task: str = choice("mask", "mask", "aug", "mask_aug")
+    mask_scheme: str = choice("span", "span", "replace")
+    mask_prob: float = bounded(0.10, 0.0, 1.0)
+    span_lambda: float = bounded(3.0, 0.0, 100.0)
+    show_mask_token_prob: float = bounded(1.0, 0.0, 1.0)  # `replace` only
     length_buckets: bool = True
-    max_tokens: int = _bounded(0, 0)  # padded tokens a batch (token budget); 0: train.global_batch_size samples
-    num_workers: int = _bounded(0, 0, 1024)  # processes that make batches; the batches do not depend on it
+    max_tokens: int = bounded(0, 0)  # padded tokens a batch (token budget); 0: train.global_batch_size samples
+    num_workers: int = bounded(0, 0, 1024)  # processes that make batches; the batches do not depend on it
 
 
 @dataclass(kw_only=True)
@@ -90,44 +80,64 @@ class ModelConfig:
 
     name: str = "molbart"
     preset: str = "mini"
-    num_layers: int = _bounded(0, 0)  # a side
-    hidden_size: int = _bounded(0, 0)
-    num_attention_heads: int = _bounded(0, 0)
-    ffn_hidden_size: int = _bounded(0, 0)
-    dropout: float = _bounded(0.1, 0.0, 0.999)
+    num_layers: int = bounded(0, 0)  # a side
+    hidden_size: int = bounded(0, 0)
+    num_attention_heads: int = bounded(0, 0)
+    ffn_hidden_size: int = bounded(0, 0)
+    dropout: float = bounded(0.1, 0.0, 0.999)
+    tie_word_embeddings: bool = False  # one table for the inputs and the output projection
 
 
 @dataclass(kw_only=True)
 class TrainConfig:
     """Optimisation, precision and intervals, under Megatron's names."""
 
-    train_iters: int = _bounded(1000, 1)
-    micro_batch_size: int = _bounded(32, 1)
-    global_batch_size: int = _bounded(32, 1)
-    lr: float = _bounded(1e-3, 0.0)
-    min_lr: float = _bounded(0.0, 0.0)
-    lr_schedule: str = _choice("cosine", "noam", "linear", "cosine", "constant")
-    lr_schedule_version: str = _choice("megatron-2", "megatron-2", "megatron-1.1.5")
-    lr_warmup_fraction: float = _bounded(0.01, 0.0, 1.0)
-    weight_decay: float = _bounded(0.0, 0.0)
-    adam_beta1: float = _bounded(0.9, 0.0, 0.999999)
-    adam_beta2: float = _bounded(0.999, 0.0, 0.999999)
-    adam_eps: float = _bounded(1e-8, 0.0)
-    clip_grad: float = _bounded(1.0, 0.0)  # global norm; 0: off
-    precision: str = _choice("fp32", "fp32", "bf16", "fp16")
-    loss_scale_window: int = _bounded(1000, 1)  # fp16: steps without overflow before the scale doubles
-    initial_loss_scale: float = _bounded(65536.0, 1.0)  # fp16
+    train_iters: int = bounded(1000, 1)
+    micro_batch_size: int = bounded(32, 1)
+    global_batch_size: int = bounded(32, 1)
+    lr: float = bounded(1e-3, 0.0)
+    min_lr: float = bounded(0.0, 0.0)
+    lr_schedule: str = choice("cosine", "noam", "linear", "cosine", "constant")
+    lr_schedule_version: str = choice("megatron-2", "megatron-2", "megatron-1.1.5")
+    lr_warmup_fraction: float = bounded(0.01, 0.0, 1.0)
+    weight_decay: float = bounded(0.0, 0.0)
+    adam_beta1: float = bounded(0.9, 0.0, 0.999999)
+    adam_beta2: float = bounded(0.999, 0.0, 0.999999)
+    adam_eps: float = bounded(1e-8, 0.0)
+    clip_grad: float = bounded(1.0, 0.0)  # global norm; 0: off
+    precision: str = choice("fp32", "fp32", "bf16", "fp16")
+    loss_scale_window: int = bounded(1000, 1)  # fp16: steps without overflow before the scale doubles
+    initial_loss_scale: float = bounded(65536.0, 1.0)  # fp16
     checkpoint_activations: bool = False
-    log_interval: int = _bounded(1, 1)
-    eval_interval: int = _bounded(0, 0)  # steps; 0: only at the end
-    eval_iters: int = _bounded(0, 0)  # batches an evaluation; 0: the whole part
-    eval_molecules: int = _bounded(0, 0)  # molecules decoded an evaluation (exact match, invalid fraction); 0: none
-    save_interval: int = _bounded(0, 0)  # steps; 0: only at the end
-    early_stopping_patience: int = _bounded(0, 0)  # evaluations without a better val loss; 0: off
+    log_interval: int = bounded(1, 1)
+    eval_interval: int = bounded(0, 0)  # steps; 0: only at the end
+    eval_iters: int = bounded(0, 0)  # batches an evaluation; 0: the whole part
+    eval_molecules: int = bounded(0, 0)  # molecules decoded an evaluation (exact match, invalid fraction); 0: none
+    save_interval: int = bounded(0, 0)  # steps; 0: only at the end
+    async_save: bool = False  # write checkpoints beside the training, from a copy of the state
+    keep_last: int = bounded(0, 0)  # newest checkpoints kept; 0: all, unless keep_best is set
+    keep_best: int = bounded(0, 0)  # best checkpoints by `best_metric` kept as well; 0: none
+    best_metric: str = choice("val_loss", "val_loss", "loss", "val_token_accuracy", "val_exact_match")
+    early_stopping_patience: int = bounded(0, 0)  # evaluations without a better val loss; 0: off
     tensorboard: bool = True
     progress: bool = True
-    num_threads: int = _bounded(0, 0)  # 0: torch's choice
-    device: str = _choice("auto", "auto", "cpu", "cuda")
+    num_threads: int = bounded(0, 0)  # 0: torch's choice
+    device: str = choice("auto", "auto", "cpu", "cuda")
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How a model is spread over processes; `strategy` names the engine. Sizes of 0: what the strategy needs."""
+
+    tensor_model_parallel_size: int = bounded(1, 1)  # ThreeD
+    pipeline_model_parallel_size: int = bounded(0, 0)  # Pipeline, ThreeD; 0: all processes under Pipeline, else 1
+    sequence_parallel: bool = False  # ThreeD on CUDA: norms and dropouts on a part of the batch a tensor rank
+    partition_activations: bool = False  # ThreeD with train.checkpoint_activations: a tensor rank keeps its part
+    overlap_comm: bool = True  # on CUDA: reduce gradients while the backward pass goes on
+    offload_device: str = choice("cpu", "cpu", "nvme")  # ZeroInf
+    offload_dir: str = ""  # ZeroInf on nvme: a folder on a fast local disk
+    deepspeed_config: str = ""  # your own ds_config.json; it is merged and checked
+    timeout_s: float = bounded(600.0, 1.0)  # of every process group
 
 
 @dataclass(kw_only=True)
@@ -135,13 +145,15 @@ class RunConfig:
     """Everything that decides a run. The same file drives a notebook and the command line."""
 
     run_dir: str = "runs/molbart_mini"
-    seed: int = _bounded(1234, 0, 2**63 - 1)
+    seed: int = bounded(1234, 0, 2**63 - 1)
     do_training: bool = True
     strategy: str = "Single"
     resume: bool = True  # go on from the newest checkpoint in run_dir
+    load: str = ""  # a checkpoint, or a run, to go on from where run_dir has no checkpoint yet
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -162,7 +174,7 @@ def config_from_dict(tree: Mapping[str, Any], where: str = "config") -> RunConfi
     Raises:
         ConfigError: an unknown key, a wrong type, an impossible value.
     """
-    config: RunConfig = _build(RunConfig, _expand_aliases(tree, where), "", where)
+    config: RunConfig = build(RunConfig, _expand_aliases(tree, where), where, _nearest)
     _validate(config, where)
     return config
 
@@ -180,14 +192,14 @@ def config_to_yaml(config: RunConfig) -> str:
 def config_hash(config: RunConfig) -> str:
     """sha256 over every key except where the run lives and whether it resumes."""
     tree = config_to_dict(config)
-    for key in ("run_dir", "resume", "do_training"):
+    for key in ("run_dir", "resume", "load", "do_training"):
         tree.pop(key)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def valid_keys() -> list[str]:
     """Every dotted key of `RunConfig`, in order."""
-    return [key for key, _ in _leaf_types(RunConfig)]
+    return [key for key, _ in leaf_types(RunConfig)]
 
 
 def packaged_configs() -> list[str]:
@@ -248,7 +260,7 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
     """Set one dotted key; text for a text key is taken as it stands (`run_dir=007`), other values are YAML."""
     key, value = parse_override(text)
     key = key.removeprefix("model.") if key.startswith("model.data.") else key
-    types = dict(_leaf_types(RunConfig))
+    types = dict(leaf_types(RunConfig))
     inside = [leaf for leaf in types if leaf.startswith(f"{key}.")]
     if inside:
         do = f"Set one of them, e.g. {inside[0]}=..."
@@ -293,59 +305,6 @@ def _merge(base: Mapping[str, Any], alias: Mapping[str, Any], where: str) -> dic
     return merged
 
 
-def _build(cls: type, tree: Mapping[str, Any], prefix: str, where: str) -> Any:
-    known = {f.name: f for f in fields(cls)}
-    for key in tree:
-        if key not in known:
-            raise ConfigError(where, f'unknown key "{prefix}{key}"', _nearest(f"{prefix}{key}"))
-    hints = typing.get_type_hints(cls)
-    values: dict[str, Any] = {}
-    for name, value in tree.items():
-        hint, dotted = hints[name], f"{prefix}{name}"
-        if is_dataclass(hint):
-            if not isinstance(value, Mapping):
-                raise ConfigError(where, f"{dotted} is {value!r}", f"It is a group of keys: {_group(hint, dotted)}")
-            values[name] = _build(typing.cast(type, hint), value, dotted + ".", where)
-        else:
-            values[name] = _checked(value, hint, known[name].metadata, dotted, where)
-    return cls(**values)
-
-
-def _checked(value: Any, hint: type, metadata: Mapping[str, Any], dotted: str, where: str) -> Any:
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        value = _as_float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if hint is str and value is None:
-        value = ""
-    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(
-            where,
-            f"{dotted} is {value!r} ({type(value).__name__})",
-            f"Give {'an' if hint is int else 'a'} {hint.__name__}",
-        )
-    if "choices" in metadata and value not in metadata["choices"]:
-        raise ConfigError(where, f"{dotted} is {value!r}", f"Valid: {', '.join(metadata['choices'])}")
-    low, high = metadata.get("bounds", (None, None))
-    finite = not isinstance(value, float) or math.isfinite(value)
-    if low is not None and not (finite and low <= value <= high):
-        raise ConfigError(
-            where,
-            f"{dotted} is {value!r}",
-            f"Valid: {low:g} or more" if high == math.inf else f"Valid: {low:g} to {high:g}",
-        )
-    return value
-
-
-def _as_float(value: int | str) -> float | str:
-    try:
-        return float(value)  # YAML 1.1 reads 1e-3 as text
-    except ValueError:
-        return str(value)
-
-
 def _validate(config: RunConfig, where: str) -> None:
     """Relations between keys that a single key's bounds cannot express."""
     train, data = config.train, config.data
@@ -374,27 +333,5 @@ def _validate(config: RunConfig, where: str) -> None:
         )
 
 
-def _leaf_types(cls: type, prefix: str = "") -> Iterable[tuple[str, type]]:
-    hints = typing.get_type_hints(cls)
-    for f in fields(cls):
-        hint = hints[f.name]
-        if is_dataclass(hint):
-            yield from _leaf_types(typing.cast(type, hint), f"{prefix}{f.name}.")
-        else:
-            yield f"{prefix}{f.name}", hint
-
-
-def _group(cls: Any, prefix: str) -> str:
-    return ", ".join(f"{prefix}.{f.name}" for f in fields(cls))
-
-
 def _nearest(key: str) -> str:
-    keys = valid_keys()
-    leaf = key.rsplit(".", 1)[-1]
-    if leaf in OTHER_NAMES:
-        return f'Did you mean "{OTHER_NAMES[leaf]}"?'
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    if not close:
-        leaves = {k.rsplit(".", 1)[-1]: k for k in keys}
-        close = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.5)]
-    return f'Did you mean "{close[0]}"?' if close else f"Valid keys: {', '.join(keys)}"
+    return nearest_key(key, valid_keys(), OTHER_NAMES)

@@ -11,7 +11,7 @@ from biokit.config import ModelConfig
 from biokit.errors import ConfigError
 from biokit.models import find_model
 from biokit.models.molbart import MOLBART, DecodingState
-from biokit.models.spec import PLAN_WORDS
+from biokit.parallel.cuts import PLAN_WORDS
 
 TINY = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4)
 FACTS_MILLIONS = {"xsmall": 3.96, "megatron": 7.64, "small": 44.7, "base": 50.4, "large": 236.0}

@@ -7,7 +7,9 @@ from torch import nn
 from biokit.config import ModelConfig, TrainConfig
 from biokit.errors import ConfigError, RunError
 from biokit.models.molbart import MOLBART
-from biokit.parallel.strategy import Single, find_strategy, fold_layers
+from biokit.parallel.folding import fold_layers
+from biokit.parallel.grid import resolve_strategy
+from biokit.parallel.single import Single
 
 CPU = torch.device("cpu")
 
@@ -74,8 +76,8 @@ def test_clipping_clips(batch):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_is_near_fp32(batch, precision):
-    exact = make().evaluate(batch)
-    low = make(precision=precision).evaluate(batch)
+    exact = make().evaluate([batch])
+    low = make(precision=precision).evaluate([batch])
     # logits of order 1 carry a relative error of about 2^-8 (bf16); summed over tokens the loss is far closer
     assert low.loss / exact.loss == pytest.approx(1.0, abs=2**-8)
     assert low.loss != exact.loss
@@ -175,4 +177,4 @@ def test_weight_decay_spares_vectors():
 
 def test_unknown_strategy():
     with pytest.raises(ConfigError, match="Single"):
-        find_strategy("Double")
+        resolve_strategy("Double")

@@ -124,7 +124,7 @@ def test_accumulation_gives_the_curve_of_one_batch(tmp_path):
 
 
 def test_every_micro_batch_of_every_step_has_a_seed_of_its_own(tmp_path, monkeypatch):
-    from biokit.parallel.strategy import Single
+    from biokit.parallel.single import Single
 
     seeds, train_batch = [], Single.train_batch
     monkeypatch.setattr(Single, "train_batch", lambda *a: seeds.extend(a[3]) or train_batch(*a))
@@ -296,7 +296,8 @@ def test_an_altered_checkpoint_is_refused(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
-    from biokit.parallel.strategy import Single, TokenSums
+    from biokit.parallel.single import Single
+    from biokit.parallel.strategy import TokenSums
 
     monkeypatch.setattr(Single, "backward", lambda *a: TokenSums(math.nan, 0, 1))
     with pytest.raises(RunError, match="the loss is nan"):

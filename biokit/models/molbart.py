@@ -232,7 +232,10 @@ def molbart_layers(config: ModelConfig, vocab_size: int, max_positions: int, see
 
 def build_molbart(config: ModelConfig, vocab_size: int, max_positions: int, seed: int = 0) -> MolBART:
     """The whole model, initialised; the global random state is left as it was."""
-    return MolBART(molbart_layers(config, vocab_size, max_positions, seed))
+    model = MolBART(molbart_layers(config, vocab_size, max_positions, seed))
+    if config.tie_word_embeddings:
+        model.head.tokens.weight = model.embed.embedding.tokens.weight
+    return model
 
 
 def _build_layer(make: Callable[[], nn.Module], seed: int, position: int) -> nn.Module:
@@ -259,4 +262,5 @@ MOLBART = ModelSpec(
         "base": 50_425_867,
         "large": 236_218_891,
     },
+    tied={"head.tokens.weight": "embed.embedding.tokens.weight"},
 )

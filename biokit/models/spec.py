@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,6 @@ from torch import nn
 from biokit.config import ModelConfig
 from biokit.errors import ConfigError
 
-PLAN_WORDS = ("column", "row", "vocab", "local")
 Layers = list[tuple[str, Callable[[], nn.Module]]]
 
 
@@ -23,11 +22,13 @@ class ModelSpec:
         build: (config, vocab_size, max_positions, seed) -> the whole model for one device, initialised.
         layers: (config, vocab_size, max_positions, seed) -> (name, builder) in order; each layer is
             `forward(carry: tuple) -> tuple`, floats first, then ids; one device folds over the same list.
-        tensor_parallel_plan: module pattern -> one of `PLAN_WORDS`; unmatched modules are replicated.
+        tensor_parallel_plan: module pattern -> word (`biokit.parallel.cuts`); unmatched modules are replicated.
         batch_keys: the arrays of a batch, inputs of the first layer first, labels last.
         tokenizer: name of the tokenizer family.
         presets: name -> sizes.
         num_parameters: preset -> parameter count at the published vocabulary size.
+        tied: with `model.tie_word_embeddings`: parameter -> the earlier one whose tensor it shares.
+        divided: names of the sizes that tensor parallelism must divide.
     """
 
     name: str
@@ -38,6 +39,8 @@ class ModelSpec:
     tokenizer: str
     presets: Mapping[str, Mapping[str, int]]
     num_parameters: Mapping[str, int]
+    tied: Mapping[str, str] = field(default_factory=dict)
+    divided: tuple[str, ...] = ("num_attention_heads", "ffn_hidden_size")
 
     def resolve(self, config: ModelConfig) -> dict[str, Any]:
         """Sizes of a configuration: the preset's, overridden by those that are not 0.
@@ -62,3 +65,7 @@ class ModelSpec:
                 f"Valid heads: {', '.join(map(str, valid))}",
             )
         return sizes
+
+    def tied_parameters(self, config: ModelConfig) -> dict[str, str]:
+        """Parameter -> the earlier parameter whose tensor it shares, for a configuration."""
+        return dict(self.tied) if config.tie_word_embeddings else {}

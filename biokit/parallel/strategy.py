@@ -1,26 +1,26 @@
-"""How a model is run and updated: one small interface, chosen by name. `Single` is one device.
+"""How a model is run and updated: one small interface, chosen by name.
 
 `train_batch` does one update over a global batch that is cut into micro-batches: a pipeline needs them all at once.
-Shapes: B batch, T target length, V vocabulary.
+Each data rank brings its own micro-batches; what comes back is of the global batch, the same on every rank.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from biokit.config import TrainConfig
-from biokit.errors import ConfigError, RunError
-from biokit.kernels.cross_entropy import cross_entropy_sum
+from biokit.config import RunConfig, TrainConfig
+from biokit.parallel.cuts import WHOLE, Cut, cut_tensor, find_cut, join_tensors
+from biokit.parallel.grid import Layout, Place
+from biokit.parallel.processes import Processes
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW
+BATCH_KEYS = ("encoder_ids", "decoder_ids", "labels")
 
 
 @dataclass
@@ -34,6 +34,12 @@ class TokenSums:
     def __add__(self, other: TokenSums) -> TokenSums:
         return TokenSums(self.loss + other.loss, self.num_correct + other.num_correct, self.num_valid + other.num_valid)
 
+    @classmethod
+    def of(cls, figures: Iterable[float]) -> TokenSums:
+        """From (loss, correct, valid)."""
+        loss, num_correct, num_valid = figures
+        return cls(loss, int(num_correct), int(num_valid))
+
 
 @dataclass
 class StepResult:
@@ -44,195 +50,205 @@ class StepResult:
     skipped: bool
 
 
-class Single:
-    """One process, one device: autocast with fp32 master weights, AdamW, clipping by global norm.
+@dataclass(frozen=True)
+class ModelParts:
+    """What a strategy needs of a model, as plain data.
 
-    Args:
+    Attributes:
+        layers: (name, builder) in order; a builder initialises its layer alike on whichever rank it runs.
+        build: the whole model, initialised; has `layers()`.
+        plan: the tensor-parallel plan, see `biokit.parallel.cuts`.
+        tied: parameter -> the earlier parameter whose tensor it shares.
         batch_keys: the arrays of a batch: inputs of the first layer in order, labels last.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: TrainConfig,
-        pad_id: int,
-        device: torch.device,
-        batch_keys: tuple[str, ...] = ("encoder_ids", "decoder_ids", "labels"),
-    ) -> None:
-        self.model = model.to(device)
-        self.device, self.pad_id, self.config, self.batch_keys = device, pad_id, config, batch_keys
-        self.dtype = PRECISIONS[config.precision]
-        self.optimizer = build_optimizer(self.model, config, device)
-        self.scaler = torch.amp.GradScaler(
-            device.type,
-            init_scale=config.initial_loss_scale,
-            growth_interval=config.loss_scale_window,
-            enabled=config.precision == "fp16",
-        )
+    layers: Sequence[tuple[str, Callable[[], nn.Module]]]
+    build: Callable[[], nn.Module]
+    plan: Mapping[str, str]
+    tied: Mapping[str, str]
+    batch_keys: tuple[str, ...]
+    pad_id: int
 
+    def template(self) -> dict[str, torch.Tensor]:
+        """Every parameter of the whole model by name, in order, without storage; tied ones once."""
+        with torch.device("meta"):
+            return {
+                f"{name}.{key}": parameter.detach()
+                for name, build in self.layers
+                for key, parameter in build().named_parameters()
+                if f"{name}.{key}" not in self.tied
+            }
+
+
+class Strategy(ABC):
+    """A model under one layout. `model` is this rank's part of it.
+
+    States are of the whole model, whatever the layout: parameters by their name in the model, AdamW's moments as
+    `<moment>.<parameter>`. They are gathered on the main process, a tensor at a time; the others get empty ones.
+    """
+
+    model: nn.Module
+    layout: Layout
+    processes: Processes
+    config: TrainConfig
+    template: dict[str, torch.Tensor]
+    plan: Mapping[str, str] = {}
+
+    @property
+    def place(self) -> Place:
+        """Where this process stands."""
+        return self.layout.place(self.processes.rank)
+
+    @abstractmethod
     def train_batch(
         self, micro_batches: Sequence[Mapping[str, torch.Tensor]], num_valid: int, seeds: Sequence[int], lr: float
     ) -> StepResult:
         """One update over a global batch.
 
         Args:
+            micro_batches: those of this data rank, as many on every rank; one may have no label that counts.
             num_valid: tokens that count in the global batch.
-            seeds: of the dropout masks, one a micro-batch of the *global* batch, whichever rank computes it.
+            seeds: of the dropout masks, one a micro-batch of this rank, drawn for its place in the *global* batch.
 
         Raises:
             RunError: a loss or gradient that is not finite (fp16: after the loss scale has come down to 1).
         """
-        sums = TokenSums()
-        for micro, seed in zip(micro_batches, seeds, strict=True):
-            sums += self.backward(micro, 1.0 / num_valid, seed)
-        if not math.isfinite(sums.loss):
-            raise RunError("training", f"the loss is {sums.loss}", "Lower train.lr, or look at the batch's molecules")
-        grad_norm, skipped = self.step(lr)
-        return StepResult(sums, grad_norm, skipped)
 
-    def backward(self, batch: Mapping[str, torch.Tensor], scale: float, seed: int) -> TokenSums:
-        """Add this micro-batch's gradient of `scale` times its summed loss.
+    @abstractmethod
+    def evaluate(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> TokenSums:
+        """Sums over the micro-batches of all data ranks, without dropout; as many micro-batches on every rank."""
 
-        Args:
-            batch: encoder_ids (B,S), decoder_ids (B,T), labels (B,T) on any device.
-            scale: 1 / number of valid tokens in the global batch.
-            seed: of the dropout masks; each layer draws from (seed, its position).
+    @abstractmethod
+    def read_piece(self, name: str, moment: str | None) -> torch.Tensor | None:
+        """This tensor rank's piece of a parameter or of its moment, in fp32 on the CPU; zeros before the first step.
+
+        All data ranks of a stage call it together. None on a stage that does not hold the parameter.
         """
-        self.model.train()
-        sums, loss = self._loss(batch, seed)
-        self.scaler.scale(loss * scale).backward()
-        return sums
 
-    @torch.no_grad()
-    def evaluate(self, batch: Mapping[str, torch.Tensor]) -> TokenSums:
-        """Sums of a batch without dropout."""
-        self.model.eval()
-        return self._loss(batch, None)[0]
+    @abstractmethod
+    def write_piece(self, name: str, moment: str | None, piece: torch.Tensor) -> None:
+        """Set what `read_piece` reads; called on every rank that holds the parameter, in the same order."""
 
-    def step(self, lr: float) -> tuple[float, bool]:
-        """Clip, update, clear the gradients; returns (gradient norm before clipping, whether fp16 skipped it).
+    def holds(self, name: str) -> bool:
+        """Whether this rank's part of the model has (a piece of) that parameter."""
+        return True
 
-        Raises:
-            RunError: a gradient is not finite (fp16: and the loss scale is 1 already); the weights are as before.
-        """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.scaler.unscale_(self.optimizer)
-        limit = self.config.clip_grad or float("inf")
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-        scale_before = self.scaler.get_scale()
-        if not math.isfinite(norm) and scale_before <= 1.0:  # a disabled scaler's scale is 1
-            self.optimizer.zero_grad(set_to_none=True)
-            raise RunError("training", f"the gradient norm is {norm}", "Lower train.lr, or train.precision=fp32")
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm, self.scaler.get_scale() < scale_before
-
-    def model_state(self) -> dict[str, torch.Tensor]:
-        """Every parameter and persistent buffer by name."""
-        return self.model.state_dict()
-
-    def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """`<moment>.<parameter name>` -> tensor; empty before the first step."""
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        return {
-            f"{moment}.{names[id(parameter)]}": torch.as_tensor(value)
-            for parameter, moments in self.optimizer.state.items()
-            for moment, value in moments.items()
-        }
-
-    def optimizer_template(self) -> dict[str, torch.Tensor]:
-        """Names and shapes that `optimizer_state` has after a step."""
-        shapes = {"exp_avg": None, "exp_avg_sq": None, "step": torch.zeros(())}
-        return {
-            f"{moment}.{name}": parameter.detach() if scalar is None else scalar
-            for name, parameter in self.model.named_parameters()
-            for moment, scalar in shapes.items()
-        }
+    def owner_stage(self, name: str) -> int:
+        """The pipeline stage that holds a parameter."""
+        return 0
 
     def scaler_state(self) -> dict[str, Any]:
         """Loss scale and its growth counter (fp16), plain numbers."""
-        return self.scaler.state_dict()
+        return {}
+
+    def load_scaler(self, state: Mapping[str, Any]) -> None:
+        """Take over what `scaler_state` gave; one of another strategy may not fit and is left out."""
+
+    def start_load(self) -> None:
+        """Before the first `write_piece` of a load."""
+
+    def finish_load(self) -> None:
+        """After the last `write_piece` of a load."""
+
+    def model_state(self) -> dict[str, torch.Tensor]:
+        """Every parameter by name, on the main process; empty on the others. All processes call it together."""
+        return self._gathered((name, None, name) for name in self.template)
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        """`<moment>.<parameter name>` -> tensor, on the main process. All processes call it together."""
+        return self._gathered((f"{moment}.{name}", moment, name) for name in self.template for moment in MOMENTS)
+
+    def optimizer_template(self) -> dict[str, torch.Tensor]:
+        """Names and shapes of `optimizer_state`, without storage."""
+        scalar = torch.zeros((), device="meta")
+        return {
+            f"{moment}.{name}": scalar if moment == "step" else parameter
+            for name, parameter in self.template.items()
+            for moment in MOMENTS
+        }
 
     def load(
         self, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor], scaler: Mapping[str, Any]
     ) -> None:
-        """Take over states that `model_state`, `optimizer_state` and `scaler_state` gave."""
-        self.model.load_state_dict(dict(model))
-        parameters = dict(self.model.named_parameters())
-        self.optimizer.state.clear()
-        for key, value in optimizer.items():
-            moment, name = key.split(".", 1)
-            parameter = parameters[name]
-            self.optimizer.state[parameter][moment] = value.to(parameter.device)
-        if scaler:
-            self.scaler.load_state_dict(dict(scaler))
+        """Take over states that `model_state`, `optimizer_state` and `scaler_state` gave, under whichever layout.
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The precision in which the model runs."""
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        Args:
+            model, optimizer: whole tensors by name; only those that this rank holds are looked up, one at a time. An
+                empty optimizer keeps fresh moments.
+        """
+        self.start_load()
+        for name in self.template:
+            if self.holds(name):
+                self.write_piece(name, None, self._cut(name, None, model[name]))
+        for name in self.template if optimizer else ():
+            if self.holds(name):
+                for moment in MOMENTS:
+                    self.write_piece(name, moment, self._cut(name, moment, optimizer[f"{moment}.{name}"]))
+        self.finish_load()
+        self.load_scaler(scaler)
 
-    def _loss(self, batch: Mapping[str, torch.Tensor], seed: int | None) -> tuple[TokenSums, torch.Tensor]:
-        *inputs, labels_BT = (batch[key].to(self.device, non_blocking=True) for key in self.batch_keys)
-        with self.autocast():
-            logits_BTV = fold_layers(
-                self.model.layers(),  # type: ignore[operator]
-                tuple(inputs),
-                seed,
-                self.config.checkpoint_activations and seed is not None,
-            )
-        loss = cross_entropy_sum(logits_BTV.flatten(0, 1), labels_BT.flatten(), self.pad_id)
-        valid_BT = labels_BT != self.pad_id
-        correct_BT = (logits_BTV.detach().argmax(-1) == labels_BT) & valid_BT
-        figures = torch.stack([loss.detach().double(), correct_BT.sum().double(), valid_BT.sum().double()])
-        loss_sum, num_correct, num_valid = figures.tolist()  # one wait for the device
-        return TokenSums(loss_sum, int(num_correct), int(num_valid)), loss
+    def whole_model(self) -> nn.Module | None:
+        """The whole model in evaluation mode on the main process, None on the others. All call it together."""
+        return self.model.eval() if self.processes.is_main else None
 
+    def close(self) -> None:
+        """Give back what the engine holds."""
 
-def fold_layers(
-    layers: list[nn.Module], carry: Any, seed: int | None, recompute: bool, first_position: int = 0
-) -> torch.Tensor:
-    """Run layers in order; with a seed, each draws its dropout from (seed, its position in the whole model).
+    def cut(self, name: str, moment: str | None) -> Cut:
+        """How this layout cuts a parameter or its moment."""
+        return WHOLE if moment == "step" or self.layout.tensor == 1 else find_cut(self.plan, name)
 
-    Args:
-        recompute: make the activations inside a layer again in the backward pass, under the same masks.
-        first_position: of the first of these layers in the whole model (a pipeline stage holds a part).
-    """
-    for position, layer in enumerate(layers, start=first_position):
-        run = layer if seed is None else _seeded(layer, seed * 4099 + position)
-        carry = checkpoint(run, carry, use_reentrant=False, preserve_rng_state=False) if recompute else run(carry)
-    return carry
+    def _cut(self, name: str, moment: str | None, whole: torch.Tensor) -> torch.Tensor:
+        return cut_tensor(whole, self.cut(name, moment), self.layout.tensor, self.place.tensor)
 
+    def _gathered(self, wanted: Iterable[tuple[str, str | None, str]]) -> dict[str, torch.Tensor]:
+        state = {}
+        for key, moment, name in wanted:
+            whole = self._gather(name, moment)
+            if whole is not None:
+                state[key] = whole
+        return state
 
-def _seeded(layer: nn.Module, seed: int) -> Callable[[Any], Any]:
-    def run(carry: Any) -> Any:
-        torch.manual_seed(seed & (2**63 - 1))
-        return layer(carry)
-
-    return run
-
-
-def build_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019), fused; weight decay on matrices only."""
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
+    def _gather(self, name: str, moment: str | None) -> torch.Tensor | None:
+        """The whole tensor on the main process: its stage's first data rank sends the pieces of all tensor ranks."""
+        layout, place, stage = self.layout, self.place, self.owner_stage(name)
+        piece = self.read_piece(name, moment) if place.pipeline == stage else None
+        cut, shape = self.cut(name, moment), () if moment == "step" else tuple(self.template[name].shape)
+        sources = [
+            layout.rank(Place(stage, 0, tensor)) for tensor in range(layout.tensor if cut.dim is not None else 1)
+        ]
+        rank = self.processes.rank
+        if rank in sources and rank != 0:
+            assert piece is not None
+            self.processes.send(piece.contiguous(), 0)
+        if rank != 0:
+            return None
+        form = cut_tensor(torch.empty(shape), cut, layout.tensor, 0)
+        pieces = [
+            piece if source == 0 and piece is not None else self.processes.receive(torch.empty_like(form), source)
+            for source in sources
+        ]
+        return join_tensors(pieces, cut, shape).clone()
 
 
-STRATEGIES: dict[str, type[Single]] = {"Single": Single}
-
-
-def find_strategy(name: str) -> type[Single]:
-    """The strategy of that name.
+def make_strategy(parts: ModelParts, config: RunConfig, layout: Layout, processes: Processes) -> Strategy:
+    """The strategy of a layout; engines are imported only where they are used.
 
     Raises:
-        ConfigError: there is none; names those there are.
+        EngineError: the engine is not installed.
+        ConfigError: the engine cannot work with the configuration.
     """
-    if name not in STRATEGIES:
-        raise ConfigError(f"strategy={name}", "there is no such strategy", f"Valid: {', '.join(STRATEGIES)}")
-    return STRATEGIES[name]
+    if layout.strategy in ("Single", "DDP"):
+        from biokit.parallel.single import DDP, Single
+
+        model = parts.build()
+        if layout.strategy == "Single":
+            return Single(model, config.train, parts.pad_id, processes.device, parts.batch_keys)
+        return DDP(model, config.train, parts.pad_id, processes, parts.batch_keys)
+    if layout.pipeline == 1 and layout.strategy not in ("Pipeline", "ThreeD"):
+        from biokit.parallel.zero import Zero
+
+        return Zero(parts, config, layout, processes)
+    from biokit.parallel.pipeline import Staged
+
+    return Staged(parts, config, layout, processes)

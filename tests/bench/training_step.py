@@ -8,7 +8,7 @@ import torch
 
 from biokit.config import ModelConfig, TrainConfig
 from biokit.models.molbart import MOLBART
-from biokit.parallel.strategy import Single
+from biokit.parallel.single import Single
 from tests.bench.timing import Row, compare
 
 BATCH, LENGTH, VOCAB, STEPS = 32, 40, 523, 3

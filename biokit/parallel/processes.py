@@ -1,0 +1,169 @@
+"""The processes of a run: who they are, and what they agree on.
+
+Figures, verdicts and tensors for checkpoints travel over a gloo group on the CPU, whatever the devices train with.
+A process that torchrun (or Slurm, or MPI through `biokit launch`) did not start is alone: a world of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from biokit.errors import BiokitError, EngineError, RunError
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run.
+
+    Attributes:
+        group: a gloo group of all processes, for what is agreed on the CPU; None where there is one process and no
+            engine asked for a group.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    group: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """True on the process that writes the run folder."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The sums over all processes of each value, in float64; the same on all of them."""
+        if self.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.group)
+        return tensor.tolist()
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.world_size > 1:
+            dist.barrier(group=self.group)
+
+    def share(self, value: torch.Tensor, source: int) -> torch.Tensor:
+        """Fill a CPU tensor of the same shape on every process with that of rank `source`."""
+        if self.world_size > 1:
+            dist.broadcast(value, source, group=self.group)
+        return value
+
+    def send(self, tensor: torch.Tensor, target: int) -> None:
+        """Hand a contiguous CPU tensor to another process, which receives it into one of the same form."""
+        dist.send(tensor, target, group=self.group)
+
+    def receive(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        """Fill a CPU tensor with what rank `source` sends."""
+        dist.recv(tensor, source, group=self.group)
+        return tensor
+
+    @contextlib.contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Leave only when every process has done its part; where one failed, all raise.
+
+        Only for parts in which the processes do not wait for one another.
+
+        Raises:
+            RunError: another process failed (it raises its own error).
+        """
+        failure: BaseException | None = None
+        try:
+            yield
+        except (BiokitError, OSError) as error:
+            failure = error
+        failed = self.sum([float(1 << self.rank if self.world_size <= 50 else 1) if failure else 0.0])[0]
+        if failure is not None:
+            raise failure
+        if failed:
+            ranks = [str(rank) for rank in range(min(self.world_size, 50)) if int(failed) >> rank & 1]
+            raise RunError(what, f"rank {', '.join(ranks)} failed", "See the error of that rank")
+
+
+def count_processes() -> tuple[int, int]:
+    """(rank, world size) as the launcher's environment says; (0, 1) without a launcher.
+
+    Raises:
+        EngineError: a part of the environment is missing or not a number.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    missing = [name for name in VARIABLES if not os.environ.get(name)]
+    if missing and os.environ["WORLD_SIZE"] != "1":
+        found = f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but {', '.join(missing)} not set"
+        raise EngineError("the processes of a run", found, "Start them with torchrun or `biokit launch`")
+    try:
+        rank, size = int(os.environ.get("RANK", "0")), int(os.environ["WORLD_SIZE"])
+    except ValueError as error:
+        raise EngineError("RANK and WORLD_SIZE", f"they are not numbers ({error})", "Start with torchrun") from error
+    if not 0 <= rank < size:
+        raise EngineError(f"RANK={rank}, WORLD_SIZE={size}", "there is no such rank", "Start with torchrun")
+    return rank, size
+
+
+@contextlib.contextmanager
+def join_processes(device: torch.device, timeout_s: float, needs_group: bool) -> Iterator[Processes]:
+    """Join the other processes of the run, and leave them at the end.
+
+    Args:
+        device: `cuda` means the device of this process's LOCAL_RANK, and NCCL.
+        timeout_s: after which a process that waits for another one raises; of every group.
+        needs_group: an engine wants a process group even for one process.
+
+    Raises:
+        EngineError: no device for this process, or the processes do not find one another.
+    """
+    rank, world_size = count_processes()
+    device = _own_device(device)
+    if world_size == 1 and not needs_group:
+        yield Processes(rank, world_size, device)
+        return
+    _fill_environment()
+    limit = dt.timedelta(seconds=timeout_s)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=limit, rank=rank, world_size=world_size)
+        group = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=limit)
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        found = f"rank {rank} of {world_size} found no group at {where} ({str(error).splitlines()[0]})"
+        raise EngineError("the processes of a run", found, "Check that all were started, on a free port") from error
+    try:
+        yield Processes(rank, world_size, device, group)
+        dist.barrier(group=group)  # without it ranks that end early take their peers with them
+    finally:
+        dist.destroy_process_group()
+
+
+def _own_device(device: torch.device) -> torch.device:
+    if device.type != "cuda":
+        return device
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= torch.cuda.device_count():
+        found = f"this node has {torch.cuda.device_count()} CUDA devices"
+        raise EngineError(f"a CUDA device for LOCAL_RANK={index}", found, "Start as many processes as devices")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _fill_environment() -> None:
+    """A group of one needs the launcher's variables too."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
