@@ -3,7 +3,7 @@
     checkpoints/step_NNNNNNNN/  model.safetensors  optimizer.safetensors  state.json  vocab.txt  manifest.json
 
 A folder of that name is always whole. The manifest holds the sha256 of every file, and all are checked before a
-tensor is used.
+tensor is used. Tensors are those of the whole model, whatever the layout that wrote them, so any layout loads them.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from biokit.config import config_from_dict
@@ -34,6 +35,7 @@ MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 STATE, VOCABULARY, MANIFEST = "state.json", "vocab.txt", "manifest.json"
 FILES = (MODEL, OPTIMIZER, STATE, VOCABULARY)
 PARTIAL = ".partial-"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
 @dataclass
@@ -41,15 +43,49 @@ class Checkpoint:
     """What a run needs to go on.
 
     Attributes:
-        model, optimizer: tensors by name, on the CPU.
+        model, optimizer: tensors by name, on the CPU, read when they are looked up.
         state: plain values (step, loader position, loss scale, best loss, ...).
         manifest: config, vocabulary hash, layout, file hashes.
+        check_s: seconds that checking every file took.
     """
 
-    model: dict[str, torch.Tensor]
-    optimizer: dict[str, torch.Tensor]
+    model: TensorFile
+    optimizer: TensorFile
     state: dict[str, Any]
     manifest: dict[str, Any]
+    check_s: float = 0.0
+
+
+class TensorFile(Mapping[str, torch.Tensor]):
+    """The tensors of a safetensors file, each read when it is looked up: memory holds one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"tensors of {path}", f"they cannot be read ({error})", "Restore the file from a copy"
+            ) from error
+        self._names = list(self._file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def forms(self) -> dict[str, torch.Tensor]:
+        """Shape and type of every tensor, without its data."""
+        slices = {name: self._file.get_slice(name) for name in self._names}
+        return {
+            name: torch.empty(part.get_shape(), dtype=DTYPES.get(part.get_dtype(), torch.uint8), device="meta")
+            for name, part in slices.items()
+        }
 
 
 def save_checkpoint(
@@ -95,13 +131,94 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint after checking every file against the manifest.
+class CheckpointWriter:
+    """Writes the checkpoints of a run, and removes those that it need not keep; where asked for, in a thread.
+
+    A checkpoint that is being written bears another name; the one before it is kept until it is whole.
+    """
+
+    def __init__(self, folder: RunFolder, beside: bool, keep_last: int, keep_best: int, best_metric: str) -> None:
+        self.folder = folder
+        self.keep_last, self.keep_best, self.best_metric = keep_last, keep_best, best_metric
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if beside else None
+        self._writing: Future[None] | None = None
+
+    def write(self, step: int, *state: Any) -> None:
+        """Write one checkpoint (arguments of `save_checkpoint` after `step`, tensors that nobody changes any more).
+
+        Raises:
+            CheckpointError: this one, or the one that was being written, cannot be written.
+        """
+        self.wait()
+        if self._thread is None:
+            self._write(step, *state)
+        else:
+            self._writing = self._thread.submit(self._write, step, *state)
+
+    def wait(self) -> None:
+        """Wait until nothing is being written.
+
+        Raises:
+            CheckpointError: what was being written cannot be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        try:
+            self.wait()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+
+    def _write(self, step: int, *state: Any) -> None:
+        save_checkpoint(self.folder, step, *state)
+        remove_surplus(self.folder, self.keep_last, self.keep_best, self.best_metric)
+
+
+def remove_surplus(folder: RunFolder, keep_last: int, keep_best: int, metric: str) -> list[int]:
+    """Remove all but the newest `keep_last` and the best `keep_best` checkpoints; returns the steps removed.
+
+    With both 0 all are kept; the newest is always kept. Losses are best when low, other metrics when high.
+    """
+    steps = folder.checkpoint_steps()
+    if not (keep_last or keep_best):
+        return []
+    kept = set(steps[-max(1, keep_last) :])
+    if keep_best:
+        values = {step: read_manifest(folder.checkpoint_dir(step)).get("metrics", {}).get(metric) for step in steps}
+        sign = 1 if metric.endswith("loss") else -1
+        known = [(sign * value, -step) for step, value in values.items() if value is not None]
+        kept |= {-step for _, step in sorted(known)[:keep_best]}
+    surplus = [step for step in steps if step not in kept]
+    for step in surplus:
+        path = folder.checkpoint_dir(step)
+        doomed = path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}")
+        path.rename(doomed)  # under its own name a checkpoint is whole or not there
+        shutil.rmtree(doomed)
+    return surplus
+
+
+def load_checkpoint(path: Path, check: bool = True) -> Checkpoint:
+    """Read a checkpoint after checking every file against the manifest, in parallel.
+
+    Args:
+        check: False where another process of the run has just checked the same folder.
 
     Raises:
         CheckpointError: a missing or altered file, or a folder that is no checkpoint.
     """
-    manifest = read_manifest(path)
+    manifest, started = read_manifest(path), time.perf_counter()
+    if check:
+        _check_files(path, manifest)
+    state = json.loads((path / STATE).read_text())
+    check_s = time.perf_counter() - started
+    return Checkpoint(TensorFile(path / MODEL), TensorFile(path / OPTIMIZER), state, manifest, check_s)
+
+
+def _check_files(path: Path, manifest: Mapping[str, Any]) -> None:
     entries: dict[str, dict[str, Any]] = manifest["files"]
     with ThreadPoolExecutor() as pool:
         found = dict(zip(entries, pool.map(lambda name: _entry_or_none(path / name), entries), strict=True))
@@ -112,8 +229,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{', '.join(bad)} {'is' if len(bad) == 1 else 'are'} missing or altered (size or sha256 differs)",
             "Restore the folder from a copy, or move it away to go on from the checkpoint before it",
         )
-    state = json.loads((path / STATE).read_text())
-    return Checkpoint(load_file(path / MODEL), load_file(path / OPTIMIZER), state, manifest)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -147,8 +262,11 @@ def load_model(path: Path) -> tuple[nn.Module, SmilesTokenizer]:
     config = config_from_dict(saved.manifest["config"], where=str(path / MANIFEST))
     tokenizer = SmilesTokenizer.from_file(path / VOCABULARY)
     model = build_model(config, tokenizer.vocab_size)
-    check_tensors(path, saved.model, model.state_dict())
-    model.load_state_dict(saved.model)
+    parameters = dict(model.named_parameters())
+    check_tensors(path, saved.model.forms(), parameters)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved.model[name])
     return model.eval(), tokenizer
 
 
@@ -162,6 +280,21 @@ def remove_partial(folder: RunFolder) -> None:
     """Remove what killed saves left behind."""
     for path in folder.checkpoints.glob(f"{PARTIAL}*"):
         shutil.rmtree(path)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest one of a run folder.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    if (path / MANIFEST).is_file() and (path / MODEL).is_file():
+        return path
+    newest = newest_checkpoint(RunFolder(path))
+    if newest is None:
+        found, do = "it is neither a checkpoint nor a run with one", "Give a step_NNNNNNNN folder, or its run folder"
+        raise CheckpointError(f"checkpoint {path}", found, do)
+    return newest
 
 
 def check_tensors(path: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:

@@ -1,7 +1,8 @@
 """The run folder: the one place where a training, a notebook, a dashboard and a job meet.
 
 Layout (only this module knows it):
-    config.yaml  manifest.json  metrics/rank_NNNNN.jsonl  logs/  checkpoints/step_NNNNNNNN/  tensorboard/  STOP
+    config.yaml  ds_config.json  manifest.json  metrics/rank_NNNNN.jsonl  logs/  checkpoints/step_NNNNNNNN/
+    tensorboard/  STOP
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ class RunFolder:
     def manifest_file(self) -> Path:
         """What the run is and where it stands, as JSON."""
         return self.path / "manifest.json"
+
+    @property
+    def deepspeed_file(self) -> Path:
+        """The DeepSpeed configuration that is in effect, where DeepSpeed runs."""
+        return self.path / "ds_config.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -133,6 +139,10 @@ class RunFolder:
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Replace `manifest.json`."""
         write_atomically(self.manifest_file, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+    def write_deepspeed_config(self, config: dict[str, Any]) -> None:
+        """Replace `ds_config.json`."""
+        write_atomically(self.deepspeed_file, json.dumps(config, indent=1) + "\n")
 
     def read_manifest(self) -> dict[str, Any]:
         """The manifest: status (`running`, `finished`, `stopped`, `failed`), step, versions, hashes.

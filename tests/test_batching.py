@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from biokit.data.batching import micro_slices, padding_ratio, plan_epoch, rank_slice
+from biokit.data.batching import micro_slices, padding_ratio, plan_epoch, rank_rows
 from biokit.data.masking import mask_keys, masked_lengths
 from biokit.datasets import locate
 from biokit.errors import ConfigError
@@ -96,18 +96,18 @@ def test_wrong_sizes_are_refused():
 @given(st.integers(0, 300), st.integers(1, 17), st.integers(1, 40))
 def test_slices_concatenate_back(num, ranks, micro):
     rows = list(range(num))
-    parts = [rows[rank_slice(num, rank, ranks)] for rank in range(ranks)]
+    parts = [rows[rank_rows(num, micro, rank, ranks)] for rank in range(ranks)]
     assert list(chain(*parts)) == rows
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    for part in parts:
-        cuts = [part[s] for s in micro_slices(len(part), micro)]
-        assert list(chain(*cuts)) == part and all(len(c) == micro for c in cuts[:-1])
+    whole = [rows[s] for s in micro_slices(num, micro)]
+    dealt = [[part[s] for s in micro_slices(len(part), micro)] for part in parts]
+    assert list(chain(*dealt)) == whole  # the very micro-batches of one process
+    assert all(len(micros) <= -(-len(whole) // ranks) for micros in dealt)
 
 
 def test_no_such_rank():
     for rank in (-1, 2):
         with pytest.raises(ConfigError, match="there is no such rank"):
-            rank_slice(10, rank, 2)
+            rank_rows(10, 5, rank, 2)
 
 
 def assert_low_padding(lengths, at_most=1.05):

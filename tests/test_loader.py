@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from biokit.chem.molecules import canonicalize, mol_to_bytes
 from biokit.config import DataConfig
-from biokit.data.batching import micro_slices, rank_slice
+from biokit.data.batching import rank_rows
 from biokit.data.indexed import StoreWriter, TokenStore
 from biokit.data.molecules import MoleculeLoader, open_part, store_prefixes
 from biokit.data.workers import OrderedWorkers
@@ -40,8 +41,8 @@ def many(tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("many"), documents)[0]
 
 
-def loader(store, batch_size=16, seed=1, mols=None, **settings):
-    return MoleculeLoader(store, mols, TOKENIZER, DataConfig(**settings), seed, batch_size)
+def loader(store, batch_size=16, seed=1, mols=None, share=None, **settings):
+    return MoleculeLoader(store, mols, TOKENIZER, DataConfig(**settings), seed, batch_size, share)
 
 
 def same(first, second):
@@ -167,11 +168,16 @@ def test_a_sample_does_not_depend_on_its_batch(many):
         assert samples(loader(many, 203, seed=2, **settings)) != whole
 
 
-def test_ranks_and_micro_batches_concatenate_to_the_global_batch(many):
-    for batch in loader(many).epoch():
-        ranks = [batch["encoder_ids"][rank_slice(len(batch["indices"]), rank, 3)] for rank in range(3)]
-        micros = [part[cut] for part in ranks for cut in micro_slices(len(part), 2)]
-        assert np.array_equal(np.concatenate(micros), batch["encoder_ids"])
+def test_shares_of_the_ranks_concatenate_to_the_global_batch(many):
+    parts = [loader(many, share=partial(rank_rows, micro_batch_size=2, rank=rank, num_ranks=3)) for rank in range(3)]
+    for batch, *shares in zip(loader(many).epoch(), *(part.epoch() for part in parts), strict=True):
+        rows = []
+        for rank, share in enumerate(shares):
+            own = rank_rows(len(batch["indices"]), 2, rank, 3)
+            assert np.array_equal(share["indices"], batch["indices"])
+            assert len(share["labels"]) == max(1, own.stop - own.start)
+            rows += [row[row != 0].tolist() for row in share["encoder_ids"][: own.stop - own.start]]
+        assert rows == [row[row != 0].tolist() for row in batch["encoder_ids"]]
 
 
 def test_planned_lengths_are_the_real_ones(many, tmp_path):

@@ -13,9 +13,11 @@ import pytest
 
 from biokit.checkpoint import load_checkpoint, load_model, newest_checkpoint
 from biokit.config import config_from_dict, config_to_dict
+from biokit.data.micro_batches import micro_batches, trim
 from biokit.errors import CheckpointError, ConfigError, DataError, EngineError, RunError
 from biokit.runs import RunFolder
-from biokit.train import flatten, micro_batches, train, trim
+from biokit.train import train
+from biokit.trainer import flatten
 from tests.small_run import small_config
 
 
@@ -380,7 +382,7 @@ def test_molecules_in_evaluation_need_rdkit(tmp_path, monkeypatch):
     train(dataclasses.replace(config, do_training=False))
     import biokit.train
 
-    monkeypatch.setattr(biokit.train.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(biokit.trainer.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EngineError, match="rdkit is not installed"):
         train(config)
 

@@ -67,15 +67,19 @@ def plan_epoch(
     return [order[cuts[turn] : cuts[turn + 1]] for turn in turns.tolist()]
 
 
-def rank_slice(num_samples: int, rank: int, num_ranks: int) -> slice:
-    """The rows of a global batch that `rank` gets: contiguous, sizes differ by at most one, possibly none.
+def rank_rows(num_samples: int, micro_batch_size: int, rank: int, num_ranks: int) -> slice:
+    """The rows of a global batch that data rank `rank` computes: whole micro-batches, contiguous, possibly none.
+
+    The batch is cut into micro-batches first, so that every number of ranks computes the same ones.
 
     Raises:
         ConfigError: rank is not in 0 .. num_ranks - 1.
     """
     if not 0 <= rank < num_ranks:
         raise ConfigError(f"rank {rank} of {num_ranks}", "there is no such rank", "Give 0 <= rank < num_ranks")
-    return slice(num_samples * rank // num_ranks, num_samples * (rank + 1) // num_ranks)
+    num_micros = -(-num_samples // micro_batch_size)
+    share = -(-num_micros // num_ranks) * micro_batch_size
+    return slice(min(rank * share, num_samples), min((rank + 1) * share, num_samples))
 
 
 def micro_slices(num_samples: int, micro_batch_size: int) -> list[slice]:

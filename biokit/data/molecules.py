@@ -1,13 +1,14 @@
 """From token stores of molecules to batches of an encoder-decoder: augmentation, masking, padding, order, resume.
 
 A batch is a dict of int64 arrays: `encoder_ids` (B, S) = begin, source, end; `decoder_ids` (B, T) = begin, target;
-`labels` (B, T) = target, end; `indices` (B,) the molecules' numbers in the store. Padding is `pad_id` everywhere.
+`labels` (B, T) = target, end; `indices` (N,) the numbers of all N molecules of the batch in the store, of which the
+arrays hold the rows of this process (its share; without one: all of them). Padding is `pad_id` everywhere.
 Everything random is a pure function of (seed, epoch, molecule): see `biokit.data.masking`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,6 +79,7 @@ class MoleculeLoader:
         tokenizer: ids of special tokens; encodes random SMILES that are made on the way.
         data: task, masking, buckets, token budget, workers.
         batch_size: molecules in a global batch, unless `data.max_tokens` is set.
+        share: number of rows of a batch -> those that this process makes; where there is none it makes the first.
 
     Raises:
         StoreError: stores that do not fit the tokenizer, the configuration or one another.
@@ -92,12 +94,13 @@ class MoleculeLoader:
         data: DataConfig,
         seed: int,
         batch_size: int,
+        share: Callable[[int], slice] | None = None,
     ) -> None:
         if data.task != "aug" and data.mask_scheme == "span":
             masking.poisson_table(data.span_lambda)
         _check_stores(store, mols, tokenizer, data)
         self.store, self.data, self.seed, self.batch_size = store, data, seed, batch_size
-        self._maker = _BatchMaker(store, mols, tokenizer, data, seed)
+        self._maker = _BatchMaker(store, mols, tokenizer, data, seed, share)
         self._planned: tuple[int, list[Indices]] | None = None
 
     def __len__(self) -> int:
@@ -168,8 +171,15 @@ class _BatchMaker:
     """Makes any batch from its epoch and molecules; what a worker process holds."""
 
     def __init__(
-        self, store: TokenStore, mols: TokenStore | None, tokenizer: Tokenizer, data: DataConfig, seed: int
+        self,
+        store: TokenStore,
+        mols: TokenStore | None,
+        tokenizer: Tokenizer,
+        data: DataConfig,
+        seed: int,
+        share: Callable[[int], slice] | None,
     ) -> None:
+        self.share = share
         self.store, self.mols, self.tokenizer, self.data, self.seed = store, mols, tokenizer, data, seed
         self.has_pool = store.num_sequences > len(store)
         self.masks, self.augments = data.task != "aug", data.task != "mask"
@@ -177,7 +187,11 @@ class _BatchMaker:
     def make_with_state(self, epoch: int, indices: Indices, after: LoaderState) -> tuple[Batch, LoaderState]:
         return self.make(epoch, indices), after
 
-    def make(self, epoch: int, indices: Indices) -> Batch:
+    def make(self, epoch: int, batch_indices: Indices) -> Batch:
+        indices = batch_indices
+        if self.share is not None:
+            own = self.share(len(batch_indices))
+            indices = batch_indices[own] if own.start < own.stop else batch_indices[:1]
         source, target = self._sides(epoch, indices)
         if self.masks:
             source = self._mask(source, epoch, indices)
@@ -191,7 +205,7 @@ class _BatchMaker:
             "encoder_ids": encoder_ids,
             "decoder_ids": decoder_ids,
             "labels": labels,
-            "indices": np.asarray(indices, dtype=np.int64),
+            "indices": np.asarray(batch_indices, dtype=np.int64),
         }
 
     def planned_lengths(self, epoch: int) -> tuple[Ints, Ints]:

@@ -10,6 +10,7 @@ import contextlib
 import datetime as dt
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from biokit.errors import BiokitError, EngineError, RunError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+WAIT_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,14 @@ class Processes:
     Attributes:
         group: a gloo group of all processes, for what is agreed on the CPU; None where there is one process and no
             engine asked for a group.
+        store: the key-value store at which they met.
     """
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     group: Any = None
+    store: dist.Store | None = None
 
     @property
     def is_main(self) -> bool:
@@ -48,6 +52,28 @@ class Processes:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, group=self.group)
         return tensor.tolist()
+
+    @contextlib.contextmanager
+    def main_first(self, what: str) -> Iterator[None]:
+        """The body runs on the main process; the others wait for it without a time limit, then run it too.
+
+        Raises:
+            RunError: the main process failed (it raises its own error).
+        """
+        if self.is_main or self.store is None:
+            outcome = "failed"
+            try:
+                yield
+                outcome = "done"
+            finally:
+                if self.store is not None:
+                    self.store.set(what, outcome)
+            return
+        while not self.store.check([what]):
+            time.sleep(WAIT_S)
+        if self.store.get(what) != b"done":
+            raise RunError(what, "the main process failed", "See the error of rank 0")
+        yield
 
     def barrier(self) -> None:
         """Wait for all."""
@@ -133,14 +159,16 @@ def join_processes(device: torch.device, timeout_s: float, needs_group: bool) ->
     limit = dt.timedelta(seconds=timeout_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=limit, rank=rank, world_size=world_size)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+        store.set_timeout(limit)
+        dist.init_process_group(backend, store=store, timeout=limit, rank=rank, world_size=world_size)
         group = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=limit)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         found = f"rank {rank} of {world_size} found no group at {where} ({str(error).splitlines()[0]})"
         raise EngineError("the processes of a run", found, "Check that all were started, on a free port") from error
     try:
-        yield Processes(rank, world_size, device, group)
+        yield Processes(rank, world_size, device, group, dist.PrefixStore("biokit", store))
         dist.barrier(group=group)  # without it ranks that end early take their peers with them
     finally:
         dist.destroy_process_group()

@@ -1,0 +1,350 @@
+"""One training as one of its processes sees it: the one place where data, models and parallelism meet.
+
+The main process alone writes the run folder, but for every rank's own metrics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from biokit import __version__
+from biokit.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    check_tensors,
+    find_checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+)
+from biokit.config import RunConfig, config_from_dict, config_hash, config_to_dict, config_to_yaml
+from biokit.data.batching import rank_rows
+from biokit.data.micro_batches import count_tokens, own_micro_batches
+from biokit.data.molecules import MoleculeLoader, open_part
+from biokit.errors import CheckpointError, ConfigError, DataError, EngineError, RunError
+from biokit.generate import sample_molecules
+from biokit.models import find_model
+from biokit.models.molbart import MolBART
+from biokit.parallel.deepspeed_config import effective_config
+from biokit.parallel.grid import ZERO_STAGE, Layout, deal_micro_batches
+from biokit.parallel.processes import Processes
+from biokit.parallel.strategy import ModelParts, TokenSums, make_strategy
+from biokit.process import deterministic, stop_signals
+from biokit.reporting import ProgressBar, open_tensorboard, progress_bar, write_tensorboard
+from biokit.runs import MetricsWriter, RunFolder
+from biokit.schedules import learning_rate
+from biokit.tokenizers import SmilesTokenizer
+
+FIXED = ("seed", "model.", "data.", "train.global_batch_size")  # a resumed run may not change these,
+FREE = ("data.dataset_path", "data.dataset.", "data.store_dir", "data.num_workers")  # but where its data lie
+
+
+@dataclass
+class Progress:
+    """What changes from step to step beside the weights; part of every checkpoint."""
+
+    step: int = 0
+    position: dict[str, int] | None = None  # of the loader
+    best_val_loss: float = math.inf
+    evaluations_since_best: int = 0
+
+
+class Trainer:
+    """One training run, as one of its processes sees it."""
+
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, store_dir: Path, layout: Layout, processes: Processes
+    ) -> None:
+        self.config, self.folder, self.store_dir = config, folder, store_dir
+        self.layout, self.processes, self.place = layout, processes, layout.place(processes.rank)
+        self.spec = find_model(config.model.name)
+        if config.train.num_threads:
+            torch.set_num_threads(config.train.num_threads)
+        self.tokenizer = SmilesTokenizer.from_file(store_dir / "vocab.txt")
+        share = partial(
+            rank_rows,
+            micro_batch_size=config.train.micro_batch_size,
+            rank=self.place.data,
+            num_ranks=layout.data,
+        )
+        self.train_loader, self.val_loader = self._loader("train", share), self._loader("val", share)
+        if config.train.eval_molecules and importlib.util.find_spec("rdkit") is None:
+            found = "rdkit is not installed, which reads the decoded molecules"
+            raise EngineError("train.eval_molecules", found, "Install rdkit, or give train.eval_molecules=0")
+        if config.train.early_stopping_patience and not len(self.val_loader):
+            raise DataError("train.early_stopping_patience", "the val part holds no molecule", "Check data.split")
+        self.hidden_size: int = self.spec.resolve(config.model)["hidden_size"]
+        self.strategy = make_strategy(self._model_parts(), config, layout, processes)
+        self.progress = Progress()
+        self.last_line: dict[str, Any] = {}
+        self.checkpoint_manifest = {
+            "config": config_to_dict(config),
+            "config_hash": config_hash(config),
+            "vocab_hash": self.tokenizer.hash,
+            "data_hash": self.train_loader.store.manifest_hash,
+            "layout": layout.as_dict(),
+        }
+        self.check_s = 0.0
+        self.resumed_from = self._resume()
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, or until asked to stop; returns the manifest (empty beside the main process)."""
+        config, folder, train = self.config, self.folder, self.config.train
+        if self.processes.is_main:
+            folder.write_config(config_to_yaml(config))
+            if self.layout.strategy in ZERO_STAGE:
+                folder.write_deepspeed_config(effective_config(config, self.layout))
+            folder.write_manifest(self._manifest("running"))
+        else:
+            config = replace(config, train=replace(train, progress=False, tensorboard=False))
+        metrics = MetricsWriter(folder, self.processes.rank, resume_step=self.progress.step)
+        self.board = open_tensorboard(config, folder, self.progress.step)
+        self.writer = CheckpointWriter(folder, train.async_save, train.keep_last, train.keep_best, train.best_metric)
+        try:
+            with (
+                stop_signals() as signalled,
+                deterministic(self.processes.device),
+                progress_bar(config, self.progress.step) as bar,
+                contextlib.closing(self.writer),
+            ):
+                status = self._loop(metrics, bar, lambda: bool(signalled) or folder.stop_requested())
+                with self.processes.together("the last checkpoint"):
+                    self.writer.wait()
+        finally:
+            metrics.close()
+            if self.board is not None:
+                self.board.close()
+            self.strategy.close()
+        if not self.processes.is_main:
+            return {}
+        folder.clear_stop()
+        return folder.update_manifest(**self._manifest(status))
+
+    def _loop(self, metrics: MetricsWriter, bar: ProgressBar, stopping: Callable[[], bool]) -> str:
+        train, progress = self.config.train, self.progress
+        with contextlib.closing(self.train_loader.batches(progress.position)) as batches:
+            while progress.step < train.train_iters and not self._stopped_early():
+                if self.processes.sum([stopping()])[0]:
+                    if progress.step > self.resumed_from:
+                        self.save()
+                    return "stopped"
+                line = self.last_line = self._train_step(batches)
+                step, last = progress.step, progress.step == train.train_iters
+                if last or (train.eval_interval and step % train.eval_interval == 0):
+                    line |= self._evaluate()
+                wanted = train.early_stopping_patience > 0 or train.keep_best > 0
+                best = wanted and line.get("val_loss") == progress.best_val_loss
+                ends = last or self._stopped_early()
+                if ends or step % train.log_interval == 0 or "val_loss" in line:
+                    metrics.write(line)
+                    write_tensorboard(self.board, line)
+                bar.update(loss=line["loss"], lr=line["lr"], val_loss=line.get("val_loss"))
+                if ends or best or (train.save_interval and step % train.save_interval == 0):
+                    self.save()
+        return "finished"
+
+    def _stopped_early(self) -> bool:
+        return 0 < self.config.train.early_stopping_patience <= self.progress.evaluations_since_best
+
+    def _train_step(self, batches: Iterator[tuple[dict[str, np.ndarray], dict[str, int]]]) -> dict[str, Any]:
+        """One update over a global batch; returns its metrics line (`tokens_per_s`: real tokens of both sides)."""
+        started = time.perf_counter()
+        train, step = self.config.train, self.progress.step + 1
+        epoch = self.progress.position["epoch"] if self.progress.position else 0
+        batch, position = next(batches)
+        micros, indices = self._own_micro_batches(batch)
+        counted = count_tokens(micros, self.tokenizer.pad_id, self.spec.batch_keys)
+        first = self.place.tensor == 0 and self.place.pipeline == 0  # every data rank counts once
+        num_valid, num_tokens = map(int, self.processes.sum([n if first else 0 for n in counted]))
+        seeds = [(self.config.seed * 1_000_003 + step) * 65_537 + index for index in indices]
+        lr = learning_rate(train, step, self.hidden_size)
+        done = self.strategy.train_batch(micros, num_valid, seeds, lr)
+        self.progress.step, self.progress.position = step, position
+        seconds = time.perf_counter() - started
+        loss = done.sums.loss / num_valid
+        return {
+            "step": step,
+            "epoch": epoch,
+            "loss": loss,
+            "token_accuracy": done.sums.num_correct / num_valid,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "lr": lr,
+            "grad_norm": None if done.skipped else done.grad_norm,
+            "skipped": done.skipped,
+            "num_tokens": num_tokens,
+            "tokens_per_s": num_tokens / seconds,
+            "samples_per_s": len(batch["indices"]) / seconds,
+        }
+
+    def _evaluate(self) -> dict[str, float]:
+        """Loss, accuracy and perplexity on the val part, and molecule metrics where asked for."""
+        limit = self.config.train.eval_iters or sys.maxsize
+        sums = TokenSums()
+        for batch in itertools.islice(self.val_loader.epoch(), limit):
+            sums += self.strategy.evaluate(self._own_micro_batches(batch)[0])
+        if not sums.num_valid:
+            return {}
+        loss = sums.loss / sums.num_valid
+        if not math.isfinite(loss):
+            raise RunError(
+                "evaluation", f"the validation loss is {loss}", "Lower train.lr, or look at the val molecules"
+            )
+        best = loss < self.progress.best_val_loss
+        self.progress.evaluations_since_best = 0 if best else self.progress.evaluations_since_best + 1
+        self.progress.best_val_loss = min(loss, self.progress.best_val_loss)
+        line = {
+            "val_loss": loss,
+            "val_token_accuracy": sums.num_correct / sums.num_valid,
+            "val_perplexity": math.exp(min(loss, 700.0)),
+        }
+        return line | self._evaluate_molecules()
+
+    def _evaluate_molecules(self) -> dict[str, float]:
+        """Greedy decoding of `train.eval_molecules` val molecules: exact canonical matches, invalid fraction."""
+        wanted = self.config.train.eval_molecules
+        if not wanted:
+            return {}
+        model, scores = self.strategy.whole_model(), torch.zeros(2, dtype=torch.float64)
+        with self.processes.together("decoding val molecules"):
+            if model is not None:
+                scores[:] = torch.tensor(self._decode(cast(MolBART, model), wanted))
+        exact, invalid = self.processes.share(scores, 0).tolist()
+        return {"val_exact_match": exact, "val_invalid_fraction": invalid}
+
+    def _decode(self, model: MolBART, wanted: int) -> tuple[float, float]:
+        """(exact matches, invalid fraction) among the first val molecules, whichever ranks evaluate them."""
+        from biokit.chem.scores import exact_match_and_invalid
+
+        predicted: list[str] = []
+        targets: list[str] = []
+        for batch in self._loader("val").epoch():
+            num = min(wanted - len(targets), len(batch["labels"]))
+            src_BS = torch.from_numpy(batch["encoder_ids"][:num])
+            predicted += sample_molecules(model, self.tokenizer, src_BS, max_length=self.config.data.max_length)[0]
+            targets += self.tokenizer.decode_batch(batch["labels"][:num])
+            if len(targets) == wanted:
+                break
+        return exact_match_and_invalid(predicted, targets)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step (or begin to: `train.async_save`)."""
+        if self.board is not None:
+            self.board.flush()
+        state = {**vars(self.progress), "scaler": self.strategy.scaler_state()}
+        if math.isinf(self.progress.best_val_loss):
+            state["best_val_loss"] = None
+        metrics = {key: value for key, value in self.last_line.items() if key.startswith(("val_", "loss"))}
+        model, optimizer = self.strategy.model_state(), self.strategy.optimizer_state()
+        with self.processes.together(f"the checkpoint of step {self.progress.step}"):
+            if self.processes.is_main:
+                about = {**self.checkpoint_manifest, "metrics": metrics}
+                vocabulary = "\n".join(self.tokenizer.vocabulary) + "\n"
+                self.writer.write(self.progress.step, model, optimizer, state, about, vocabulary)
+
+    def _resume(self) -> int:
+        """Take over the newest checkpoint of the run, else that of `load`; returns its step (0: a fresh run)."""
+        path = newest_checkpoint(self.folder)
+        if path is None and not self.config.load:
+            return 0
+        if path is not None and not self.config.resume:
+            raise RunError(
+                f"run {self.folder.path}", "it has checkpoints and resume=false", "Give another run_dir, or resume=true"
+            )
+        path = path or find_checkpoint(Path(self.config.load))
+        with self.processes.together(f"checking {path}"):
+            saved = load_checkpoint(path, check=self.processes.is_main)
+            self._check_fits(path, saved)
+        self.check_s = saved.check_s
+        self.strategy.load(saved.model, saved.optimizer, saved.state.pop("scaler"))
+        best = saved.state.pop("best_val_loss")
+        self.progress = Progress(best_val_loss=math.inf if best is None else best, **saved.state)
+        return self.progress.step
+
+    def _check_fits(self, path: Path, saved: Checkpoint) -> None:
+        asked = f"resume from {path}"
+        for key, what in (("vocab_hash", "another vocabulary"), ("data_hash", "other molecules")):
+            if saved.manifest.get(key) != self.checkpoint_manifest[key]:
+                raise CheckpointError(
+                    asked, f"it was made with {what}", "Give the run its own data, or another run_dir"
+                )
+        made_with = config_from_dict(saved.manifest["config"], where=f"{path}")
+        old, new = flatten(config_to_dict(made_with)), flatten(config_to_dict(self.config))
+        differing = [
+            key for key in new if key.startswith(FIXED) and not key.startswith(FREE) and old.get(key) != new[key]
+        ]
+        if differing:
+            changes = ", ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in differing)
+            raise ConfigError(
+                asked, f"the configuration differs ({changes})", "Undo the change, or give another run_dir"
+            )
+        step, wanted = saved.state["step"], self.config.train.train_iters
+        if step > wanted:
+            raise ConfigError(asked, f"it is at step {step}, beyond train.train_iters={wanted}", "Raise train_iters")
+        check_tensors(path, saved.model.forms(), self.strategy.template)
+        check_tensors(path, saved.optimizer.forms(), self.strategy.optimizer_template())
+
+    def _own_micro_batches(self, batch: Mapping[str, np.ndarray]) -> tuple[list[dict[str, torch.Tensor]], range]:
+        """This data rank's micro-batches and their numbers in the global batch; as many on every rank."""
+        size, num_ranks = self.config.train.micro_batch_size, self.layout.data
+        num_micros = -(-len(batch["indices"]) // size)
+        own = deal_micro_batches(num_micros, self.place.data, num_ranks)
+        num_real = max(0, min(own.stop, num_micros) - own.start)
+        keys, pad_id = self.spec.batch_keys, self.tokenizer.pad_id
+        return own_micro_batches(batch, size, pad_id, keys, num_real, len(own)), own
+
+    def _loader(self, part: str, share: Callable[[int], slice] | None = None) -> MoleculeLoader:
+        store, molecules = open_part(self.store_dir, part, self.config.data)
+        size = self.config.train.global_batch_size
+        return MoleculeLoader(store, molecules, self.tokenizer, self.config.data, self.config.seed, size, share)
+
+    def _model_parts(self) -> ModelParts:
+        config, spec = self.config, self.spec
+        sizes = (config.model, self.tokenizer.vocab_size, config.data.max_length, config.seed)
+        return ModelParts(
+            layers=spec.layers(*sizes),
+            build=partial(spec.build, *sizes),
+            plan=spec.tensor_parallel_plan,
+            tied=spec.tied_parameters(config.model),
+            batch_keys=spec.batch_keys,
+            pad_id=self.tokenizer.pad_id,
+        )
+
+    def _manifest(self, status: str) -> dict[str, Any]:
+        lines = self.folder.read_metrics()
+        return {
+            "status": status,
+            "step": self.progress.step,
+            "train_iters": self.config.train.train_iters,
+            "resumed_from": self.resumed_from,
+            "config_hash": self.checkpoint_manifest["config_hash"],
+            "vocab_hash": self.tokenizer.hash,
+            "data_hash": self.train_loader.store.manifest_hash,
+            "num_parameters": sum(p.numel() for p in self.strategy.template.values()),
+            "layout": self.layout.as_dict(),
+            "device": str(self.processes.device),
+            "checkpoint_check_s": round(self.check_s, 4),
+            "num_threads": torch.get_num_threads(),
+            "final_loss": lines[-1]["loss"] if lines else None,
+            "versions": {"biokit": __version__, "torch": torch.__version__, "numpy": np.__version__},
+            "time": round(time.time(), 3),
+        }
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
