@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,24 +13,42 @@ from biokit import __version__
 from biokit.errors import BiokitError
 
 EXIT_USER_ERROR = 2
+OWN_FLAGS: dict[str, tuple[str, ...]] = {
+    "train": (),
+    "preprocess": (),
+    "launch": ("--dry-run",),
+}  # of commands with CONFIG
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (0: done, 2: something the user can mend, said in one line)."""
-    options = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        options = _parser().parse_args(_plain_words(words))
         return options.run(options)
     except BiokitError as error:
         print(f"biokit: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except OSError as error:
-        print(
-            f"biokit: {options.command}: {str(error).rstrip('.')}. Check the disk and the permissions.", file=sys.stderr
-        )
+        print(f"biokit: {words[0]}: {str(error).rstrip('.')}. Check the disk and the permissions.", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("biokit: interrupted", file=sys.stderr)
         return 130
+
+
+def _plain_words(words: list[str]) -> list[str]:
+    """The command line with flags for the configuration written as key=value, behind its name."""
+    command, *rest = words or [""]
+    if command not in OWN_FLAGS or {"-h", "--help"} & set(rest):
+        return [command, "--help"] if command in OWN_FLAGS else words
+    from biokit.flags import read_flags
+
+    own, plain, notes = read_flags(rest, OWN_FLAGS[command])
+    if os.environ.get("RANK", "0") == "0":
+        for note in notes:
+            print(f"biokit: {note}", file=sys.stderr)
+    return [command, *own, *plain]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,6 +63,15 @@ def _parser() -> argparse.ArgumentParser:
     preprocess = commands.add_parser("preprocess", help="read, clean, split and tokenise molecules; then stop")
     _add_config(preprocess)
     preprocess.set_defaults(run=_run_preprocess)
+
+    launch = commands.add_parser(
+        "launch", help="start the processes of a run by torchrun; read where from the environment"
+    )
+    _add_config(launch)
+    launch.add_argument(
+        "--dry-run", action="store_true", help="check the layout, print the command line, start nothing"
+    )
+    launch.set_defaults(run=_run_launch)
 
     notebook = commands.add_parser("notebook", help="execute a notebook by papermill into a run folder")
     notebook.add_argument("notebook", type=Path, metavar="NOTEBOOK", help="a .ipynb file with a `parameters` cell")
@@ -63,7 +91,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_config(command: argparse.ArgumentParser) -> None:
     from biokit.config import packaged_configs
+    from biokit.flags import describe_flags
 
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.epilog = describe_flags()
     command.add_argument("config", metavar="CONFIG", help=f"{', '.join(packaged_configs())}, or a YAML file")
     command.add_argument(
         "overrides",
@@ -78,7 +109,8 @@ def _run_train(options: argparse.Namespace) -> int:
     from biokit.train import train
 
     manifest = train(load_config(options.config, options.overrides))
-    print(_summary(manifest))
+    if manifest:  # beside the main process there is none
+        print(_summary(manifest))
     return 0
 
 
@@ -91,6 +123,19 @@ def _run_preprocess(options: argparse.Namespace) -> int:
     store_dir = train(config)["store_dir"]
     print(load_report(store_dir))
     print(f"token stores: {store_dir}")
+    return 0
+
+
+def _run_launch(options: argparse.Namespace) -> int:
+    from biokit.config import load_config
+    from biokit.launch.torchrun import plan_launch
+
+    plan = plan_launch(load_config(options.config, options.overrides), [options.config, *options.overrides])
+    print(f"biokit: {plan.layout}: {plan.layout.world_size} processes. {plan.note}".rstrip(), file=sys.stderr)
+    if options.dry_run:
+        print(plan)
+    else:
+        plan.start()
     return 0
 
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from biokit.checkpoint import (
+    CheckpointWriter,
     check_tensors,
     load_checkpoint,
     newest_checkpoint,
     read_manifest,
     remove_partial,
+    remove_surplus,
     save_checkpoint,
 )
 from biokit.errors import CheckpointError
@@ -124,3 +126,68 @@ def test_a_finished_checkpoint_is_never_written_again(folder):
 def test_unfitting_tensors_are_named(tmp_path, found, words):
     with pytest.raises(CheckpointError, match=words):
         check_tensors(tmp_path, found, MODEL)
+
+
+def save_with(folder, values):
+    for step, value in values.items():
+        metrics = {} if value is None else {"val_loss": value, "val_exact_match": -value}
+        save_checkpoint(folder, step, MODEL, OPTIMIZER, {"step": step}, {**ABOUT, "metrics": metrics}, "<PAD>\n")
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_best", "metric", "kept"),
+    [
+        (0, 0, "val_loss", [1, 2, 3, 4, 5]),
+        (2, 0, "val_loss", [4, 5]),
+        (1, 2, "val_loss", [2, 3, 5]),
+        (0, 1, "val_loss", [2, 5]),
+        (0, 1, "val_exact_match", [2, 5]),
+        (9, 1, "val_loss", [1, 2, 3, 4, 5]),
+    ],
+)
+def test_retention_keeps_the_last_and_the_best(folder, keep_last, keep_best, metric, kept):
+    save_with(folder, {1: 3.0, 2: 1.0, 3: 2.0, 4: None, 5: 9.0})
+    removed = remove_surplus(folder, keep_last, keep_best, metric)
+    assert folder.checkpoint_steps() == kept == sorted({1, 2, 3, 4, 5} - set(removed))
+    assert not list(folder.checkpoints.glob(".*"))
+
+
+def test_of_equal_checkpoints_the_later_is_kept(folder):
+    save_with(folder, {1: 1.0, 2: 1.0, 3: 5.0})
+    remove_surplus(folder, 1, 1, "val_loss")
+    assert folder.checkpoint_steps() == [2, 3]
+
+
+def writer(folder, beside, keep_last=0):
+    return CheckpointWriter(folder, beside, keep_last, 0, "val_loss")
+
+
+def test_writing_beside_gives_the_same_files(folder, tmp_path):
+    other = RunFolder(tmp_path / "other")
+    other.create()
+    for place, beside in ((folder, True), (other, False)):
+        made = writer(place, beside, keep_last=1)
+        for step in (1, 2, 3):
+            made.write(step, MODEL, OPTIMIZER, {"step": step}, ABOUT, "<PAD>\n")
+        made.close()
+        assert place.checkpoint_steps() == [3]
+    for path in folder.checkpoint_dir(3).iterdir():
+        assert path.read_bytes() == (other.checkpoint_dir(3) / path.name).read_bytes()
+
+
+def test_a_failed_write_beside_is_raised_by_the_next(folder, monkeypatch):
+    made = writer(folder, True)
+    monkeypatch.setattr("biokit.checkpoint.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    made.write(1, MODEL, OPTIMIZER, {}, ABOUT, "")
+    with pytest.raises(CheckpointError, match="disk full"):
+        made.write(2, MODEL, OPTIMIZER, {}, ABOUT, "")
+    made.close()
+    assert list(folder.checkpoints.iterdir()) == []
+
+
+def test_tensors_are_read_one_at_a_time(folder):
+    saved = load_checkpoint(save(folder))
+    assert saved.check_s > 0.0
+    assert {name: form.device.type for name, form in saved.model.forms().items()} == dict.fromkeys(MODEL, "meta")
+    with pytest.raises(KeyError):
+        saved.model["c"]

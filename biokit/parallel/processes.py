@@ -69,10 +69,14 @@ class Processes:
                 if self.store is not None:
                     self.store.set(what, outcome)
             return
-        while not self.store.check([what]):
-            time.sleep(WAIT_S)
-        if self.store.get(what) != b"done":
-            raise RunError(what, "the main process failed", "See the error of rank 0")
+        try:
+            while not self.store.check([what]):
+                time.sleep(WAIT_S)
+            done = self.store.get(what) == b"done"
+        except RuntimeError:  # the main process kept the store, and is gone
+            done = False
+        if not done:
+            raise RunError(what, "the main process (rank 0) failed", "See the error of rank 0")
         yield
 
     def barrier(self) -> None:

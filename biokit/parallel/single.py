@@ -164,7 +164,7 @@ class DDP(Single):
         super().__init__(model, config, pad_id, processes.device, batch_keys)
         self.layout, self.processes = Layout("DDP", data=processes.world_size), processes
         self.copies = nn.parallel.DistributedDataParallel(
-            self.fold, broadcast_buffers=False, gradient_as_bucket_view=True
+            self.fold, forward_sync_buffers=False, gradient_as_bucket_view=True
         )
         self.fold = self.copies
 

@@ -1,0 +1,151 @@
+"""Training as several processes: the curve of one, one writer of the run folder, and any layout goes on from any."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from biokit.checkpoint import load_checkpoint, newest_checkpoint
+from biokit.config import config_from_dict, config_to_dict
+from biokit.errors import BiokitError, ConfigError
+from biokit.runs import RunFolder
+from biokit.train import find_layout, train
+from tests.distributed import RanksFailed, ranks
+from tests.small_run import small_config
+
+LOSS_BOUND = 4e-6  # 8 ulp of a loss between 4 and 8 (2^-21 each): its terms are summed in another order
+
+
+def run_training(tree: dict[str, Any]) -> dict[str, Any]:
+    return train(config_from_dict(tree))
+
+
+def run_and_stop(tree: dict[str, Any], rank_that_asks: int) -> dict[str, Any]:
+    """One rank alone sees the request after its third step."""
+    import os
+
+    import biokit.trainer
+
+    config, own = config_from_dict(tree), int(os.environ["RANK"]) == rank_that_asks
+    steps: list[int] = []
+    whole = biokit.trainer.Trainer._train_step
+
+    def counted(self: Any, batches: Any) -> dict[str, Any]:
+        steps.append(1)
+        return whole(self, batches)
+
+    asked, biokit.trainer.Trainer._train_step = RunFolder.stop_requested, counted  # type: ignore[method-assign]
+    RunFolder.stop_requested = lambda self: own and len(steps) >= 3  # type: ignore[method-assign]
+    try:
+        return train(config)
+    finally:
+        RunFolder.stop_requested, biokit.trainer.Trainer._train_step = asked, whole  # type: ignore[method-assign]
+
+
+def tree(config: Any, **keys: Any) -> dict[str, Any]:
+    made = config_to_dict(config)
+    for key, value in keys.items():
+        group, _, leaf = key.rpartition("__")
+        (made[group] if group else made)[leaf] = value
+    return made
+
+
+def losses(run_dir: Any, rank: int = 0) -> list[float]:
+    return [line["loss"] for line in RunFolder(run_dir).read_metrics(rank)]
+
+
+def near(found: list[float], expected: list[float]) -> bool:
+    return len(found) == len(expected) and all(abs(a - b) <= LOSS_BOUND for a, b in zip(found, expected, strict=True))
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("single")
+    config = small_config(folder, "single", save_interval=2)
+    train(config)
+    return folder, config
+
+
+def test_two_processes_draw_the_curve_of_one(single, tmp_path):
+    _folder, config = single
+    manifests = ranks(2).run(run_training, tree(config, run_dir=str(tmp_path / "ddp"), strategy="DDP"))
+    expected = losses(config.run_dir)
+    assert near(losses(tmp_path / "ddp"), expected) and losses(tmp_path / "ddp", 1) == losses(tmp_path / "ddp")
+    assert manifests[0]["status"] == "finished" and manifests[1] == {}
+    assert manifests[0]["layout"] == {"strategy": "DDP", "world_size": 2, "tensor": 1, "data": 2, "pipeline": 1}
+    assert manifests[0]["num_parameters"] == RunFolder(config.run_dir).read_manifest()["num_parameters"]
+
+
+def test_token_budgets_leave_some_ranks_without_rows(single, tmp_path):
+    _folder, config = single
+    budget = {"data__max_tokens": 60, "train__micro_batch_size": 2, "train__eval_interval": 3}
+    train(config_from_dict(tree(config, run_dir=str(tmp_path / "one"), **budget)))
+    ranks(2).run(run_training, tree(config, run_dir=str(tmp_path / "two"), strategy="DDP", **budget))
+    assert near(losses(tmp_path / "two"), losses(tmp_path / "one"))
+    one, two = (RunFolder(tmp_path / name).read_metrics() for name in ("one", "two"))
+    for first, second in zip(one, two, strict=True):
+        assert (first["num_tokens"], first["token_accuracy"]) == (second["num_tokens"], second["token_accuracy"])
+        assert first.get("val_loss") == pytest.approx(second.get("val_loss"), abs=LOSS_BOUND)
+
+
+def test_a_run_goes_on_under_another_layout(single, tmp_path):
+    _folder, config = single
+    begun = tree(config, run_dir=str(tmp_path / "run"), strategy="DDP", train__train_iters=6)
+    ranks(2).run(run_and_stop, begun, 1)
+    run = RunFolder(tmp_path / "run")
+    assert run.read_manifest()["status"] == "stopped" and run.checkpoint_steps()[-1] == 3
+    train(config_from_dict(tree(config, run_dir=str(tmp_path / "run"))))
+    assert near(losses(tmp_path / "run"), losses(config.run_dir))
+    assert run.read_manifest()["resumed_from"] == 3
+
+
+def test_another_run_goes_on_from_its_checkpoint(single, tmp_path):
+    _folder, config = single
+    source = RunFolder(config.run_dir).checkpoint_dir(4)
+    for name, load in (("by_step", source), ("by_run", config.run_dir)):
+        ranks(2).run(run_training, tree(config, run_dir=str(tmp_path / name), strategy="DDP", load=str(load)))
+        step = 4 if name == "by_step" else 6
+        assert near(losses(tmp_path / name), losses(config.run_dir)[step:])
+    with pytest.raises(BiokitError, match="neither a checkpoint nor a run"):
+        train(config_from_dict(tree(config, run_dir=str(tmp_path / "none"), load=str(tmp_path))))
+
+
+def test_checkpoints_of_one_and_two_processes_hold_the_same_tensors(single, tmp_path):
+    _folder, config = single
+    ranks(2).run(run_training, tree(config, run_dir=str(tmp_path / "ddp"), strategy="DDP"))
+    one, two = (load_checkpoint(newest_checkpoint(RunFolder(path))) for path in (config.run_dir, tmp_path / "ddp"))
+    for first, second in ((one.model, two.model), (one.optimizer, two.optimizer)):
+        assert {n: (t.shape, t.dtype) for n, t in first.forms().items()} == {
+            n: (t.shape, t.dtype) for n, t in second.forms().items()
+        }
+        # six AdamW steps of at most lr each; of the rounding that a step leaves, lr times a few ulp remains
+        assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-5
+    assert [one.state[key] for key in ("step", "position")] == [two.state[key] for key in ("step", "position")]
+
+
+def test_a_failing_main_process_ends_the_others(single, tmp_path):
+    _folder, config = single
+    with pytest.raises(RanksFailed) as failed:
+        ranks(2).run(
+            run_training,
+            tree(config, run_dir=str(tmp_path / "bad"), strategy="DDP", data__dataset_path=str(tmp_path / "no.csv")),
+        )
+    assert "no.csv" in str(failed.value.errors[0]) and "rank 0" in str(failed.value.errors[1])
+
+
+@pytest.mark.parametrize(
+    ("keys", "processes", "words"),
+    [
+        ({"strategy": "Single"}, 2, "2 processes are started"),
+        ({"strategy": "ThreeD", "parallel__tensor_model_parallel_size": 3}, 3, "Valid: 1, 2, 4"),
+        ({"strategy": "Zero2", "parallel__pipeline_model_parallel_size": 2}, 2, "ZeRO-2 and ZeRO-3"),
+        ({"strategy": "Pipeline", "parallel__pipeline_model_parallel_size": 8}, 8, "Valid: 1 to 6"),
+        ({"strategy": "DDP"}, 3, "does not divide"),
+        ({"strategy": "NNScaler"}, 1, "Valid: Single, DDP"),
+    ],
+)
+def test_impossible_layouts_are_refused_before_any_group_exists(single, keys, processes, words):
+    config = config_from_dict(tree(single[1], **keys))
+    with pytest.raises(ConfigError, match=words):
+        find_layout(config, processes)
