@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-TRIALS ?= 50
+TRIALS ?= 0
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: quickstart env test drills bench clean
@@ -22,7 +22,7 @@ test: $(VENV)/.env
 	    --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider notebooks
 
 drills: $(VENV)/.env
-	$(BIN)/python -m tests.drills.kill_and_resume --trials $(TRIALS)
+	$(BIN)/python -m tests.drills --trials $(TRIALS)
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m tests.bench

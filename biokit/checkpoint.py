@@ -30,7 +30,7 @@ from biokit.models import build_model
 from biokit.runs import RunFolder, flush_to_disk
 from biokit.tokenizers import SmilesTokenizer
 
-FORMAT = "biokit-checkpoint-1"
+FORMAT, SEAL = "biokit-checkpoint-2", "manifest_sha256"
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 STATE, VOCABULARY, MANIFEST = "state.json", "vocab.txt", "manifest.json"
 FILES = (MODEL, OPTIMIZER, STATE, VOCABULARY)
@@ -118,7 +118,7 @@ def save_checkpoint(
         (partial / VOCABULARY).write_text(vocabulary, encoding="utf-8")
         files = {name: _file_entry(partial / name) for name in FILES}
         manifest = {"format": FORMAT, "step": step, "files": files, **about}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
+        (partial / MANIFEST).write_text(_sealed(manifest))
         for path in [*partial.iterdir(), partial]:
             flush_to_disk(path)
         partial.rename(final)
@@ -232,13 +232,14 @@ def _check_files(path: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder, nothing else checked.
+    """The manifest of a checkpoint folder; the other files are not looked at.
 
     Raises:
-        CheckpointError: there is none, or it is of another kind.
+        CheckpointError: there is none, or it is altered or of another kind.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        text = (path / MANIFEST).read_text()
+        manifest = json.loads(text)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"checkpoint {path}", f"its manifest cannot be read ({error})", "Give a step_NNNNNNNN folder of a run"
@@ -249,7 +250,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {path}", f"its manifest does not name {', '.join(FILES)}", "Restore the folder from a copy"
         )
+    seal = manifest.pop(SEAL, None)
+    if seal is None or _sealed(manifest) != text:
+        raise CheckpointError(f"checkpoint {path}", "its manifest is altered", "Restore the folder from a copy")
     return manifest
+
+
+def _sealed(manifest: Mapping[str, Any]) -> str:
+    """The text of a manifest with the sha256 of its entries; any other text is noticed when it is read."""
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**manifest, SEAL: digest}, indent=1, sort_keys=True)
 
 
 def load_model(path: Path) -> tuple[nn.Module, SmilesTokenizer]:

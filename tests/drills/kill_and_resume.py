@@ -6,13 +6,10 @@ undisturbed run and no completed checkpoint was lost or altered on the way.
 
 from __future__ import annotations
 
-import argparse
-import math
 import multiprocessing
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -22,6 +19,7 @@ from biokit.checkpoint import PARTIAL, load_checkpoint
 from biokit.config import RunConfig, config_from_dict
 from biokit.errors import BiokitError
 from biokit.runs import RunFolder
+from tests.drills.outcome import Outcome
 
 CONTEXT = multiprocessing.get_context("forkserver")
 ITERATIONS, SAVE_INTERVAL, KILLS_PER_TRIAL = 24, 3, 2
@@ -150,18 +148,6 @@ def last_weights(folder: RunFolder) -> bytes:
     return (folder.checkpoint_dir(ITERATIONS) / "model.safetensors").read_bytes()
 
 
-def upper_bound(failures: int, trials: int, confidence: float = 0.95) -> float:
-    """Clopper-Pearson upper bound of the failure rate."""
-    if failures >= trials:
-        return 1.0
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        rate = (low + high) / 2
-        tail = sum(math.comb(trials, k) * rate**k * (1 - rate) ** (trials - k) for k in range(failures + 1))
-        low, high = (rate, high) if tail > 1 - confidence else (low, rate)
-    return high
-
-
 def undisturbed_run(root: Path) -> tuple[RunFolder, float]:
     """The run to compare with, and how long a run takes from a ready store."""
     CONTEXT.set_forkserver_preload(["biokit.train", "biokit.chem.molecules", "biokit.kernels.smiles_scanner"])
@@ -174,32 +160,19 @@ def undisturbed_run(root: Path) -> tuple[RunFolder, float]:
     return reference, time.monotonic() - begun
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    rng, started = random.Random(options.seed), time.monotonic()
+def run_drill(trials: int, seed: int) -> Outcome:
+    """Trials on one process."""
+    rng, started = random.Random(seed), time.monotonic()
     failed = kills = kills_in_save = 0
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         reference, seconds = undisturbed_run(root)
-        for number in range(options.trials):
+        for number in range(trials):
             trial = run_trial(number, root, reference, seconds, rng)
             failed += bool(trial.faults)
             kills += trial.kills
             kills_in_save += trial.kills_in_save
             aim = "in a save" if number % 2 else "at random"
-            print(
-                f"trial {number + 1}/{options.trials} ({aim}): {'; '.join(trial.faults) or 'bitwise equal'}", flush=True
-            )
-    print(
-        f"kill and resume: {options.trials - failed} passed, {failed} failed; {kills} kills, {kills_in_save} of them "
-        f"inside a save; failure rate below {upper_bound(failed, options.trials):.3f} (95 %), "
-        f"{time.monotonic() - started:.0f} s"
-    )
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            print(f"Single {number + 1}/{trials} ({aim}): {'; '.join(trial.faults) or 'bitwise equal'}", flush=True)
+    noted = f"{kills} kills, {kills_in_save} of them inside a save"
+    return Outcome("one process killed, Single", trials, failed, noted, time.monotonic() - started)
