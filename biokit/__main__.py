@@ -13,11 +13,8 @@ from biokit import __version__
 from biokit.errors import BiokitError
 
 EXIT_USER_ERROR = 2
-OWN_FLAGS: dict[str, tuple[str, ...]] = {
-    "train": (),
-    "preprocess": (),
-    "launch": ("--dry-run",),
-}  # of commands with CONFIG
+# commands that take a configuration, and their flags that are none of its keys
+OWN_FLAGS: dict[str, tuple[str, ...]] = {"train": (), "preprocess": (), "launch": ("--dry-run",)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

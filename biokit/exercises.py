@@ -73,6 +73,15 @@ EXERCISES = {
     "overfitted": Exercise(
         lambda loss: 0 <= loss < 0.05, "more steps: eight molecules can be learnt by heart to a loss below 0.05"
     ),
+    "fewest bytes": Exercise(
+        lambda name: name == "Zero3", "rank_memory(layout, parameters).total for the fullest rank of each layout"
+    ),
+    "tensor sizes": Exercise(
+        lambda sizes: sorted(sizes) == [1, 2, 4, 8], "a size must divide the heads; find_layout refuses the others"
+    ),
+    "pipeline bubble": Exercise(
+        lambda share: abs(share - 1 / 5) < 1e-9, "draw both stages turn by turn: how many turns, how many of them idle?"
+    ),
 }
 
 

@@ -16,6 +16,9 @@ RIGHT = {
     "padding": 1.03,
     "largest gradient": "head.tokens",
     "overfitted": 0.01,
+    "fewest bytes": "Zero3",
+    "tensor sizes": [1, 2, 4, 8],
+    "pipeline bubble": 0.2,
 }
 WRONG = {
     "aspirin tokens": 20,
@@ -26,6 +29,9 @@ WRONG = {
     "padding": 1.4,
     "largest gradient": "tail",
     "overfitted": 0.5,
+    "fewest bytes": "DDP",
+    "tensor sizes": [1, 2, 4],
+    "pipeline bubble": 0.25,
 }
 
 

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -160,8 +161,13 @@ def start_training(config: RunConfig) -> BackgroundRun:
     return start_module(folder, "biokit", ["train", str(asked)])
 
 
-def start_module(folder: RunFolder, module: str, arguments: list[str]) -> BackgroundRun:
+def start_module(
+    folder: RunFolder, module: str, arguments: list[str], variables: Mapping[str, str] | None = None
+) -> BackgroundRun:
     """Start `python -m module arguments...` as the training of a run folder; output goes to `logs/train.log`.
+
+    Args:
+        variables: what its environment has beside this process's own.
 
     Raises:
         RunError: the run folder cannot be made, or a training that this process started still runs in it.
@@ -177,7 +183,8 @@ def start_module(folder: RunFolder, module: str, arguments: list[str]) -> Backgr
         )
     folder.clear_stop()
     command = [sys.executable, "-m", "biokit.launch.background", str(os.getpid()), module, *arguments]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "TQDM_DISABLE": "1"}
+    fixed = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "TQDM_DISABLE": "1"}
+    environment = {**os.environ, **(variables or {}), **fixed}
     log_file = folder.logs / "train.log"
     started = time.time()
     with log_file.open("ab") as log:
@@ -233,7 +240,7 @@ def _end(process: subprocess.Popen[bytes], lock: threading.Lock) -> None:
     process.wait()
 
 
-def _end_with(parent_pid: int) -> None:
+def end_with(parent_pid: int) -> None:
     """Make this process end when `parent_pid` is gone; called in the child, before anything else."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
@@ -261,7 +268,7 @@ def _kill_orphans(parent_pid: int) -> None:
 
 def _main(arguments: list[str]) -> None:
     parent_pid, module, *rest = arguments
-    _end_with(int(parent_pid))
+    end_with(int(parent_pid))
     sys.argv = [module, *rest]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

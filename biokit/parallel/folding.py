@@ -44,18 +44,29 @@ def autocast(config: TrainConfig, device_type: str) -> AbstractContextManager[An
     return nullcontext() if dtype == torch.float32 else torch.autocast(device_type, dtype=dtype)
 
 
+def checkpoint_layer(run: Callable[[Any], Any], carry: Any) -> Any:
+    """`run(carry)`, whose activations are made again in the backward pass; `run` seeds its own dropout."""
+    return checkpoint(run, carry, use_reentrant=False, preserve_rng_state=False)
+
+
 def fold_layers(
-    layers: list[nn.Module], carry: Any, seed: int | None, recompute: bool, first_position: int = 0
+    layers: list[nn.Module],
+    carry: Any,
+    seed: int | None,
+    recompute: bool,
+    first_position: int = 0,
+    checkpointed: Callable[[Callable[[Any], Any], Any], Any] = checkpoint_layer,
 ) -> torch.Tensor:
     """Run layers in order; with a seed, each draws its dropout from (seed, its position in the whole model).
 
     Args:
         recompute: make the activations inside a layer again in the backward pass, under the same masks.
         first_position: of the first of these layers in the whole model (a pipeline stage holds a part).
+        checkpointed: how a layer is recomputed (`tensor.PartitionedCheckpoint` keeps a part of its inputs).
     """
     for position, layer in enumerate(layers, start=first_position):
         run = layer if seed is None else _seeded(layer, seed * 4099 + position)
-        carry = checkpoint(run, carry, use_reentrant=False, preserve_rng_state=False) if recompute else run(carry)
+        carry = checkpointed(run, carry) if recompute else run(carry)
     return carry
 
 

@@ -1,0 +1,19 @@
+"""The layout of a run: a model's sizes and a strategy's arithmetic meet here, before anything starts."""
+
+from __future__ import annotations
+
+from biokit.config import RunConfig
+from biokit.models import find_model
+from biokit.parallel.grid import Layout, plan_layout
+
+
+def find_layout(config: RunConfig, world_size: int) -> Layout:
+    """The layout of a run over so many processes; starts nothing.
+
+    Raises:
+        ConfigError: no such model, preset or strategy, or an impossible layout; names the valid choices.
+    """
+    spec = find_model(config.model.name)
+    sizes = spec.resolve(config.model)
+    num_layers = len(spec.layers(config.model, 1, config.data.max_length))
+    return plan_layout(config, world_size, {name: sizes[name] for name in spec.divided}, num_layers)

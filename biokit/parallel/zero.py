@@ -1,0 +1,303 @@
+"""ZeRO by DeepSpeed's engine (Rajbhandari et al. 2020, 2021): weights, gradients and moments cut over the data ranks.
+
+Zero1 cuts AdamW's moments, Zero2 the gradients too, Zero3 the weights too; ZeroInf keeps what is cut in CPU memory or
+on an NVMe disk. The engine runs in fp32; low precision is autocast inside the layers, as with Single.
+
+Shapes: B batch, T target length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from biokit.config import RunConfig
+from biokit.errors import CheckpointError, EngineError, RunError
+from biokit.parallel.deepspeed_config import effective_config
+from biokit.parallel.folding import Fold, build_optimizer, move_batch, token_loss
+from biokit.parallel.grid import ZERO_STAGE, Layout
+from biokit.parallel.processes import Processes
+from biokit.parallel.strategy import MOMENTS, ModelParts, StepResult, Strategy, TokenSums
+
+PLAIN_LINEAR = F.linear
+
+
+@dataclass
+class LossScale:
+    """The factor of fp16's losses, by the rule of torch's GradScaler: halved on overflow, doubled after a window.
+
+    DeepSpeed's own scaling belongs to its fp16 weights, which a CPU refuses; given from outside, a scale works with
+    fp32 weights on every device, and checkpoints carry it to and from Single and DDP.
+    """
+
+    enabled: bool
+    scale: float
+    window: int
+    num_good_steps: int = 0
+
+    def update(self, overflow: bool) -> None:
+        """After a step, or after one that an overflow forbade."""
+        self.num_good_steps = 0 if overflow else self.num_good_steps + 1
+        if overflow:
+            self.scale /= 2
+        elif self.num_good_steps == self.window:
+            self.scale, self.num_good_steps = self.scale * 2, 0
+
+    def state(self) -> dict[str, Any]:
+        """As GradScaler's `state_dict`; empty where nothing is scaled."""
+        if not self.enabled:
+            return {}
+        rule = {"growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": self.window}
+        return {"scale": self.scale, **rule, "_growth_tracker": self.num_good_steps}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state`, or GradScaler's `state_dict`, gave."""
+        if self.enabled and state:
+            self.scale, self.window = float(state["scale"]), int(state["growth_interval"])
+            self.num_good_steps = int(state["_growth_tracker"])
+
+
+class Zero(Strategy):
+    """Zero1, Zero2, Zero3 and ZeroInf: each data rank computes its micro-batches and updates its part of the weights.
+
+    Args:
+        layout: of one tensor rank and one pipeline stage.
+    """
+
+    def __init__(self, parts: ModelParts, config: RunConfig, layout: Layout, processes: Processes) -> None:
+        deepspeed = start_deepspeed(processes.device)
+        settings = effective_config(config, layout)
+        settings.pop("fp16", None)  # it would halve the weights themselves, and not on a CPU; see LossScale
+        if layout.strategy == "ZeroInf" and config.parallel.offload_device == "nvme":
+            prepare_nvme(Path(config.parallel.offload_dir), processes)
+        self.parts, self.config, self.layout, self.processes = parts, config.train, layout, processes
+        self.stage = ZERO_STAGE[layout.strategy]
+        self.model = parts.build()
+        self.parameters = dict(self.model.named_parameters())
+        self.template = {name: parameter.detach().to("meta") for name, parameter in self.parameters.items()}
+        self.optimizer = build_optimizer(self.model, config.train, processes.device)
+        fold = Fold(self.model, config.train, processes.device)
+        if self.stage == 3:  # cut a parameter at a time: the engine would first move the whole model to the device
+            deepspeed.zero.Init(module=fold, config_dict_or_path=settings)
+        self.engine, *_ = deepspeed.initialize(
+            model=fold, optimizer=self.optimizer, config=settings, dist_init_required=False
+        )
+        self.tools, self.gather = deepspeed.utils, deepspeed.zero.GatheredParameters
+        self.loaded_step: float | None = None
+        train = config.train
+        self.scaler = LossScale(train.precision == "fp16", train.initial_loss_scale, train.loss_scale_window)
+        self.start_load()
+
+    def train_batch(
+        self, micro_batches: Sequence[Mapping[str, torch.Tensor]], num_valid: int, seeds: Sequence[int], lr: float
+    ) -> StepResult:
+        """One update over a global batch; see `Strategy.train_batch`."""
+        self.engine.train()
+        if self.scaler.enabled:
+            self.engine.optimizer.override_loss_scale(self.scaler.scale)
+        sums, last = TokenSums(), len(micro_batches) - 1
+        for index, (micro, seed) in enumerate(zip(micro_batches, seeds, strict=True)):
+            self.engine.set_gradient_accumulation_boundary(index == last)
+            part, loss = self._loss(micro, seed)
+            sums += part
+            if index == last:
+                sums = self._over_ranks(sums)
+                if not math.isfinite(sums.loss):
+                    loss = loss * math.nan  # so that the engine drops the gradients of the whole batch
+            # gradients are averaged over the data ranks; the engine's own division by its accumulation is left out
+            self.engine.backward(loss * (self.layout.data / num_valid), scale_wrt_gas=False)
+        norm, applied = self._step(lr)
+        if not math.isfinite(sums.loss):
+            raise RunError("training", f"the loss is {sums.loss}", "Lower train.lr, or look at the batch's molecules")
+        if not applied and not (self.scaler.enabled and self.scaler.scale > 1.0):
+            raise RunError("training", f"the gradient norm is {norm}", "Lower train.lr, or train.precision=fp32")
+        if self.scaler.enabled:
+            self.scaler.update(overflow=not applied)
+        return StepResult(sums, norm, not applied)
+
+    def _step(self, lr: float) -> tuple[float, bool]:
+        """Clip and update; (gradient norm before clipping, whether it was finite and the weights changed)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> TokenSums:
+        """Sums without dropout; see `Strategy.evaluate`."""
+        self.engine.eval()
+        return self._over_ranks(sum((self._loss(micro, None)[0] for micro in micro_batches), TokenSums()))
+
+    def read_piece(self, name: str, moment: str | None) -> torch.Tensor:
+        """A parameter, or one of its moments; see `Strategy.read_piece`."""
+        parameter = self.parameters[name]
+        if moment is None:
+            whole = self.tools.safe_get_full_fp32_param(parameter)
+        elif moment == "step":
+            whole = self.optimizer.state[self._partitions()[0]]["step"]
+        else:
+            whole = self.tools.safe_get_full_optimizer_state(parameter, moment)
+        return whole.detach().float().cpu()
+
+    def start_load(self) -> None:
+        """Moments of zero, for AdamW to go on from and for `write_piece` to fill."""
+        zero, self.loaded_step = self.engine.optimizer, None
+        for index, partition in enumerate(self._partitions()):
+            on_disk = self.stage == 3 and zero._swappable_optimizer_subgroup(index)
+            if on_disk:
+                zero._optimizer_states_and_gradient_swap_in(index)
+            zeros = {moment: torch.zeros_like(partition) for moment in MOMENTS if moment != "step"}
+            self.optimizer.state[partition] = {"step": torch.zeros((), device=partition.device), **zeros}
+            if on_disk:
+                zero._optimizer_states_and_gradient_swap_out(index)
+        if self.stage < 3:  # tell each parameter where its share of the moments lies
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+
+    @torch.no_grad()
+    def write_piece(self, name: str, moment: str | None, piece: torch.Tensor) -> None:
+        """Set a parameter, in the weights that are computed with too, or one of its moments.
+
+        Raises:
+            CheckpointError: parameters with different numbers of steps.
+        """
+        parameter = self.parameters[name]
+        if moment == "step":
+            self._write_step(float(piece))
+            return
+        piece = piece.to(self.processes.device)
+        if self.stage < 3:
+            if moment is not None:
+                self.tools.safe_set_full_optimizer_state(parameter, piece, moment)
+                return
+            self.tools.safe_set_full_fp32_param(parameter, piece)
+            parameter.copy_(piece)
+            return
+        share = self._share(parameter, piece)
+        if moment is not None:
+            self.tools.safe_set_local_optimizer_state(parameter, share, moment)
+            return
+        self.tools.safe_set_local_fp32_param(parameter, share)
+        with self.gather([parameter], modifier_rank=0):
+            parameter.copy_(piece)
+
+    def _share(self, parameter: Any, piece: torch.Tensor) -> torch.Tensor:
+        """This rank's part under ZeRO-3, flat; padded, which DeepSpeed's setters of whole tensors forget."""
+        size, world_size = parameter.partition_numel(), self.processes.world_size
+        padded = F.pad(piece.flatten(), (0, size * world_size - piece.numel()))
+        return padded.narrow(0, size * self.processes.rank, size)
+
+    def _write_step(self, step: float) -> None:
+        if self.loaded_step not in (None, step):
+            found = f"parameters after {self.loaded_step:.0f} and after {step:.0f} steps"
+            do = f"{self.layout.strategy} counts the steps of all together: load it with strategy=Single or DDP"
+            raise CheckpointError("optimizer state", found, do)
+        self.loaded_step = step
+        for partition in self._partitions():
+            self.optimizer.state[partition]["step"].fill_(step)
+
+    def scaler_state(self) -> dict[str, Any]:
+        """Loss scale and its growth counter (fp16), plain numbers."""
+        return self.scaler.state()
+
+    def load_scaler(self, state: Mapping[str, Any]) -> None:
+        """Take over what `scaler_state` gave."""
+        self.scaler.load(state)
+
+    def whole_model(self) -> nn.Module | None:
+        """The whole model in evaluation mode on the main process, None on the others. All call it together."""
+        if self.stage < 3:
+            return super().whole_model()
+        model = self.parts.build() if self.processes.is_main else None
+        own = dict(model.named_parameters()) if model else {}
+        for name in self.parameters:
+            whole = self.read_piece(name, None)
+            if name in own:
+                own[name].data.copy_(whole)
+        return model.to(self.processes.device).eval() if model else None
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+        self.engine.destroy()
+        F.linear = PLAIN_LINEAR  # ZeRO-3 put its own in place, for the whole process
+
+    def _partitions(self) -> list[torch.Tensor]:
+        """The flat fp32 tensors of this rank that AdamW updates, each with a share of many parameters."""
+        zero = self.engine.optimizer
+        return zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+
+    def _over_ranks(self, sums: TokenSums) -> TokenSums:
+        return TokenSums.of(self.processes.sum([sums.loss, sums.num_correct, sums.num_valid]))
+
+    def _loss(self, batch: Mapping[str, torch.Tensor], seed: int | None) -> tuple[TokenSums, torch.Tensor]:
+        inputs, labels_BT = move_batch(batch, self.parts.batch_keys, self.processes.device)
+        loss, figures = token_loss(self.engine(inputs, seed), labels_BT, self.parts.pad_id)
+        return TokenSums.of(figures.tolist()), loss
+
+
+def start_deepspeed(device: torch.device) -> Any:
+    """The module `deepspeed`, ready for an engine in the process group that is there.
+
+    Raises:
+        EngineError: it is not installed.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    try:
+        import deepspeed
+        from deepspeed.utils import groups
+    except ImportError as error:
+        found = f"DeepSpeed cannot be imported ({error})"
+        raise EngineError("strategies of DeepSpeed", found, "Run pip install 'biokit[distributed]'") from error
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ for minutes
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    # collectives that torch renamed; said at every step
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
+    groups._release_process_group_references()  # those of an earlier run in this process are gone
+    deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
+def prepare_nvme(folder: Path, processes: Processes) -> None:
+    """Build and load DeepSpeed's operator for asynchronous file access, and make the folder.
+
+    Raises:
+        EngineError: the operator cannot be built here, or the folder cannot be made.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from torch.utils.cpp_extension import _get_build_directory
+
+    asked, builder = "parallel.offload_device=nvme", AsyncIOBuilder()
+    other = "or give parallel.offload_device=cpu"
+    with processes.together(asked):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EngineError(f"parallel.offload_dir={folder}", str(error), f"Give another folder, {other}") from error
+        missing = [tool for tool in ("c++", "ninja") if shutil.which(tool) is None]
+        if missing or not builder.is_compatible(verbose=False):
+            found = f"DeepSpeed's async_io cannot be built: {', '.join(missing) or 'libaio and its headers'} not found"
+            raise EngineError(asked, found, f"Install libaio-dev, g++ and ninja, {other}")
+        for name in (
+            "pin_memory",
+            builder.name,
+        ):  # an ended build leaves its lock, and the next one would wait for ever
+            lock = Path(_get_build_directory(name, verbose=False)) / "lock"
+            if lock.exists():
+                do = f"Wait for it; where none is running, remove {lock}"
+                raise EngineError(asked, "a build of DeepSpeed's operators is under way, or was ended", do)
+    try:
+        builder.load(verbose=False)
+    except (RuntimeError, ImportError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise EngineError(asked, f"DeepSpeed's async_io cannot be built ({reason})", f"Mend it, {other}") from error

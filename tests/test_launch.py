@@ -1,0 +1,293 @@
+"""`biokit launch` and `run_processes`: what they start, where, and that nothing of it outlives them."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import psutil
+import pytest
+
+from biokit.__main__ import main
+from biokit.config import RunConfig, config_from_dict, config_to_yaml
+from biokit.errors import ConfigError, RunError
+from biokit.launch import torchrun
+from biokit.launch.torchrun import Nodes, plan_launch, run_processes, torchrun_command
+from biokit.runs import RunFolder
+from biokit.train import train
+from tests.small_run import small_config
+
+LOSS_BOUND = 4e-6  # 8 ulp of a loss between 4 and 8 (2^-21 each): its terms are summed in another order
+WORDS = ["molbart_mini", "seed=2"]
+RANK = ["-m", "biokit.launch.rank", "train", *WORDS]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+NAMES = ("GPUS_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+def configure(strategy: str = "DDP", tensor: int = 1, pipeline: int = 0) -> RunConfig:
+    sizes = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
+    train_keys = {"device": "cpu", "micro_batch_size": 2, "global_batch_size": 16}
+    return config_from_dict({"strategy": strategy, "train": train_keys, "parallel": sizes})
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment without a launcher's variables."""
+    for name in [*NAMES, *(name for name in os.environ if name.startswith(torchrun.MPI))]:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("environment", "options"),
+    [
+        ({}, ["--standalone", "--nproc-per-node", "1"]),
+        ({"GPUS_PER_NODE": "4"}, ["--standalone", "--nproc-per-node", "4"]),
+        ({"GPUS_PER_NODE": "4", "NNODES": "1", "NODE_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "6000"},
+         ["--nnodes", "1", "--node-rank", "0", "--master-addr", "localhost", "--master-port", "6000",
+          "--nproc-per-node", "4"]),
+        ({"GPUS_PER_NODE": "2", "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "6000"},
+         ["--nnodes", "2", "--node-rank", "1", "--master-addr", "node0", "--master-port", "6000",
+          "--nproc-per-node", "2"]),
+        ({"GPUS_PER_NODE": "2", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1",
+          "OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+          "MASTER_ADDR": "node0", "MASTER_PORT": "6000"},
+         ["--nnodes", "2", "--node-rank", "1", "--master-addr", "node0", "--master-port", "6000",
+          "--nproc-per-node", "2"]),
+    ],
+)  # fmt: skip
+def test_the_command_that_the_environment_asks_for(environment: dict[str, str], options: list[str]) -> None:
+    plan = plan_launch(configure(), WORDS, environment)
+    assert plan.command == [*TORCHRUN, *options, *RANK]
+    assert plan.environment == {"OMP_NUM_THREADS": "1"}
+    assert ("mpirun" in plan.note) == ("OMPI_COMM_WORLD_SIZE" in environment)
+
+
+def test_a_process_that_mpirun_started_beside_others_is_a_rank() -> None:
+    environment = {
+        "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "12345", "OMP_NUM_THREADS": "2",
+    }  # fmt: skip
+    plan = plan_launch(configure("ThreeD", tensor=2, pipeline=2), WORDS, environment)
+    assert plan.command == [sys.executable, "-m", "biokit", "train", *WORDS]
+    assert plan.environment == {
+        "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "12345",
+    }  # fmt: skip
+    assert plan.note == "mpirun started one process a rank: this is rank 3, and needs no torchrun."
+    with pytest.raises(ConfigError, match="2 of them on other nodes, and MASTER_ADDR or MASTER_PORT not set"):
+        plan_launch(configure(), WORDS, {**environment, "MASTER_PORT": ""})
+    with pytest.raises(ConfigError, match="GPUS_PER_NODE=8: OMPI_COMM_WORLD_LOCAL_SIZE=2"):
+        plan_launch(configure(), WORDS, {**environment, "GPUS_PER_NODE": "8"})
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"GPUS_PER_NODE": "four"}, "GPUS_PER_NODE=four: it is not a number that can be. Valid: 1 or more."),
+        ({"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE=0: "),
+        ({"NNODES": "1:4"}, "NNODES=1:4: "),
+        ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2: it is not a number that can be. Valid: 0 to 1."),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536: it is not a number that can be. Valid: 1 to 65535."),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0: "),
+        ({"NNODES": "2", "NODE_RANK": "0"}, "NNODES=2: MASTER_ADDR, MASTER_PORT not set."),
+        ({"NNODES": "3", "OMPI_COMM_WORLD_SIZE": "2"}, "NNODES=3: OMPI_COMM_WORLD_SIZE=2: mpirun started as many"),
+        ({"TORCHELASTIC_RUN_ID": "x"}, "torchrun has started this process. Give torchrun `-m biokit train"),
+        ({"GPUS_PER_NODE": "3"}, "tp=2 x pp=2: 3 processes are started."),
+    ],
+)
+def test_environments_that_cannot_be(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_launch(configure("ThreeD", tensor=2, pipeline=2), WORDS, environment)
+    assert message in str(caught.value)
+
+
+def test_dry_run_prints_what_it_would_become(
+    bare: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bare.chdir(tmp_path)
+    bare.setenv("GPUS_PER_NODE", "4")
+    bare.setenv("OMP_NUM_THREADS", "1")
+    words = ["--strategy", "ThreeD", "--mp_size", "2", "--pp-size=2", "run_dir=my run"]
+    assert main(["launch", "--dry-run", "molbart_mini", *words]) == 0
+    printed = capsys.readouterr()
+    assert "ThreeD x tp2 x pp2: 4 processes." in printed.err
+    started: list[list[str]] = []
+    bare.setattr(os, "execve", lambda path, command, environment: started.append([path, *command]))
+    main(["launch", "molbart_mini", *words])
+    assert started == [[sys.executable, *shlex.split(printed.out)]]
+    assert started[0][-1] == "run_dir=my run"
+    assert not list(tmp_path.iterdir())
+
+
+def test_impossible_layouts_start_nothing(
+    bare: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bare.setenv("GPUS_PER_NODE", "8")
+    bare.setattr(os, "execve", lambda *_: pytest.fail("it was started"))
+    assert main(["launch", "molbart_mini", "--strategy", "ThreeD", "--mp_size", "8", f"run_dir={tmp_path / 'r'}"]) == 2
+    error = capsys.readouterr().err
+    assert error == "biokit: tp=8: it does not divide num_attention_heads=4. Valid: 1, 2, 4.\n"
+    config = configure("ThreeD", tensor=8)
+    config.run_dir = str(tmp_path / "r")
+    with pytest.raises(ConfigError, match="it does not divide num_attention_heads=4"):
+        run_processes(config, 8, 10)
+    assert not (tmp_path / "r").exists()
+
+
+def test_the_command_of_a_notebook(tmp_path: Path) -> None:
+    command = torchrun_command(Nodes(num_processes=2), ["train", "x.yaml"], output_dir=tmp_path)
+    assert command[3:] == [
+        "--standalone", "--nproc-per-node", "2", "--log-dir", str(tmp_path), "--tee", "3",
+        "-m", "biokit.launch.rank", "train", "x.yaml",
+    ]  # fmt: skip
+
+
+def pair(folder: Path, run: str = "run", **keys: object) -> RunConfig:
+    """A small DDP run whose configuration also stands in a file."""
+    config = small_config(folder, run, **{"device": "cpu", "train_iters": 3, **keys})
+    config.strategy = "DDP"
+    (folder / f"{run}.yaml").write_text(config_to_yaml(config))
+    return config
+
+
+def left_over(config: RunConfig, within_s: float = 12.0) -> list[str]:
+    """Command lines of processes that still train in a run folder; waits for their end."""
+    end = time.monotonic() + within_s
+    while True:
+        found = []
+        for process in psutil.process_iter(["cmdline", "status"]):
+            line = " ".join(process.info["cmdline"] or [])
+            if f"{config.run_dir}/logs" in line and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(line)
+        if not found or time.monotonic() > end:
+            return found
+        time.sleep(0.2)
+
+
+def test_launch_trains_on_two_ranks_as_one_does(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pair(tmp_path)
+    command = [sys.executable, "-m", "biokit", "launch", str(tmp_path / "run.yaml"), "--train-iters", "4"]
+    environment = {**os.environ, "GPUS_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "biokit: DDP x dp2: 2 processes." in done.stderr
+    assert done.stdout.count("finished at step 4 of 4") == 1
+    train(small_config(tmp_path, "single", device="cpu", train_iters=4))
+    curves = [[line["loss"] for line in RunFolder(tmp_path / run).read_metrics()] for run in ("run", "single")]
+    assert len(curves[0]) == 4
+    assert curves[0] == pytest.approx(curves[1], abs=LOSS_BOUND, rel=0)
+
+
+@pytest.mark.full
+def test_two_processes_of_mpirun_are_two_ranks(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pair(tmp_path)
+    command = [sys.executable, "-m", "biokit", "launch", str(tmp_path / "run.yaml"), "--train-iters", "2"]
+    port = str(30000 + os.getpid() % 10000)
+    started = []
+    for rank in range(2):
+        mpi = {"SIZE": 2, "RANK": rank, "LOCAL_SIZE": 2, "LOCAL_RANK": rank}
+        own = {f"OMPI_COMM_WORLD_{name}": str(number) for name, number in mpi.items()}
+        environment = {**os.environ, **own, "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    said = [process.communicate(timeout=120)[0].decode() for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    assert "finished at step 2 of 2" in said[0]
+    assert RunFolder(tmp_path / "run").read_manifest()["layout"]["data"] == 2
+
+
+def test_a_notebook_is_told_how_far_it_is_and_an_interrupt_ends_all(
+    bare: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = pair(tmp_path, train_iters=100_000)
+    ranks = []
+
+    def interrupt(run: torchrun.BackgroundRun, num_processes: int) -> str:
+        line = progress(run, num_processes)
+        if line.startswith("step"):
+            ranks.extend(psutil.Process(run.pid).children())
+            raise KeyboardInterrupt
+        return line
+
+    progress = torchrun._progress
+    bare.setattr(torchrun, "_progress", interrupt)
+    bare.setattr(torchrun, "STOP_S", 30.0)  # a busy machine saves slowly
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run_processes(config, 2, 120)
+    assert len(ranks) == 2
+    assert left_over(config) == []
+    del caught  # it held the run, as a notebook holds its last traceback: only an end that was asked for is an end
+    assert RunFolder(config.run_dir).read_manifest()["status"] == "stopped"
+    assert RunFolder(config.run_dir).checkpoint_steps()
+    assert "2 processes are starting: 0 s" in capsys.readouterr().out
+
+
+def test_a_failing_rank_says_its_last_lines(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = pair(tmp_path)
+    config.data.dataset_path = str(tmp_path / "none.csv")
+    with pytest.raises(RunError) as caught:
+        run_processes(config, 2, 120)
+    message = str(caught.value)
+    assert "rank 0 failed with exit code" in message and "none.csv" in message
+    assert "rank 1" not in message  # it only says that rank 0 failed
+
+
+SUMMARY = "  rank      : {} (local_rank: {})\n  exitcode  : {} (pid: 18762)\n"  # as torchrun writes it
+
+
+@pytest.mark.parametrize(
+    ("ends", "explained"),
+    [
+        ({0: (-15, "warning\nbiokit: interrupted"), 1: (2, "biokit: a.")},
+         "rank 1 failed with exit code 2:\nbiokit: a."),
+        ({0: (-15, "biokit: a."), 1: (2, "biokit: See the error of rank 0.")},
+         "rank 0 failed with exit code -15:\nbiokit: a."),
+        ({0: (1, "RuntimeError: b"), 1: (-9, "")},
+         "rank 0 failed with exit code 1:\nRuntimeError: b\nrank 1 failed with exit code -9:\n(it said nothing)"),
+        ({}, "torchrun ended with exit code 1; the end of its log:\n"),
+    ],
+)  # fmt: skip
+def test_the_rank_that_failed_first_is_named(ends: dict[int, tuple[int, str]], explained: str, tmp_path: Path) -> None:
+    for rank, (_, said) in ends.items():
+        folder = tmp_path / "id" / "attempt_0" / str(rank)
+        folder.mkdir(parents=True)
+        (folder / "stderr.log").write_text(said)
+    log = "".join(SUMMARY.format(rank, rank, code) for rank, (code, _) in ends.items())
+    run = SimpleNamespace(log_tail=lambda num_lines=0: log, poll=lambda: 1)
+    assert torchrun._explain(cast(torchrun.BackgroundRun, run), tmp_path) == explained
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("victim", ["torchrun", "rank"])
+def test_nothing_outlives_a_killed_process(victim: str, bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = pair(tmp_path, train_iters=100_000)
+    killed: list[int] = []
+
+    def kill(run: torchrun.BackgroundRun, num_processes: int) -> str:
+        line = progress(run, num_processes)
+        if line.startswith("step") and not killed:
+            ranks = {int(child.environ()["RANK"]): child.pid for child in psutil.Process(run.pid).children()}
+            killed.append(run.pid if victim == "torchrun" else ranks[1])
+            os.kill(killed[0], signal.SIGKILL)
+        return line
+
+    progress = torchrun._progress
+    bare.setattr(torchrun, "_progress", kill)
+    with pytest.raises(RunError) as caught:
+        run_processes(config, 2, 120)
+    assert left_over(config) == []
+    assert ("rank 1 failed with exit code -9:\n" if victim == "rank" else "exit code -9") in str(caught.value)
+
+
+@pytest.mark.full
+def test_the_time_out_ends_all(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = pair(tmp_path, train_iters=100_000)
+    bare.setattr(torchrun, "STOP_S", 2.0)
+    with pytest.raises(RunError, match="it did not end in 3 s, and was ended") as caught:
+        run_processes(config, 2, 3.0)
+    assert left_over(config) == []
+    del caught  # see above
