@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from biokit import __version__
-from biokit.errors import BiokitError
+from biokit.errors import BiokitError, ConfigError
 
 EXIT_USER_ERROR = 2
 # commands that take a configuration, and their flags that are none of its keys
@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(_plain_words(words))
         return options.run(options)
     except BiokitError as error:
-        print(f"biokit: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not isinstance(error, ConfigError):  # a wrong configuration is wrong on every rank
+            print(f"biokit: {error}" if rank == "0" else f"biokit: rank {rank}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except OSError as error:
         print(f"biokit: {words[0]}: {str(error).rstrip('.')}. Check the disk and the permissions.", file=sys.stderr)

@@ -23,7 +23,7 @@ CONFIG_DIR = Path(__file__).parent / "configs"
 OTHER_NAMES = {  # what other systems call a key; used only to name the right one in an error
     "learning_rate": "train.lr",
     "max_steps": "train.train_iters",
-    "batch_size": "train.global_batch_size",
+    "batch_size": "train.micro_batch_size",
     "grad_clip": "train.clip_grad",
     "gradient_clip_val": "train.clip_grad",
     "warmup": "train.lr_warmup_fraction",

@@ -16,8 +16,7 @@ from biokit.checkpoint import (
 )
 from biokit.config import RunConfig, config_to_yaml
 from biokit.errors import BiokitError
-from biokit.models import find_model
-from biokit.parallel.grid import Layout, plan_layout
+from biokit.layouts import find_layout
 from biokit.parallel.processes import count_processes, join_processes
 from biokit.process import choose_device, interrupted_by_sigterm, kept_threads
 from biokit.runs import RunFolder
@@ -66,18 +65,6 @@ def train(config: RunConfig) -> dict[str, Any]:
                 if processes.is_main:
                     folder.update_manifest(status="failed", error=reason)
             raise
-
-
-def find_layout(config: RunConfig, world_size: int) -> Layout:
-    """The layout of a run over so many processes; starts nothing.
-
-    Raises:
-        ConfigError: no such model, preset or strategy, or an impossible layout; names the valid choices.
-    """
-    spec = find_model(config.model.name)
-    sizes = spec.resolve(config.model)
-    num_layers = len(spec.layers(config.model, 1, config.data.max_length))
-    return plan_layout(config, world_size, {name: sizes[name] for name in spec.divided}, num_layers)
 
 
 def _note_preprocessed(config: RunConfig, folder: RunFolder, store_dir: Path) -> dict[str, Any]:

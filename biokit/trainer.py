@@ -37,8 +37,8 @@ from biokit.errors import CheckpointError, ConfigError, DataError, EngineError, 
 from biokit.generate import sample_molecules
 from biokit.models import find_model
 from biokit.models.molbart import MolBART
-from biokit.parallel.deepspeed_config import effective_config
-from biokit.parallel.grid import ZERO_STAGE, Layout, deal_micro_batches
+from biokit.parallel.deepspeed_config import effective_config, read_user_config
+from biokit.parallel.grid import ZERO_STAGE, Layout, deal_micro_batches, resolve_strategy
 from biokit.parallel.processes import Processes
 from biokit.parallel.strategy import ModelParts, TokenSums, make_strategy
 from biokit.process import deterministic, stop_signals
@@ -104,6 +104,7 @@ class Trainer:
         config, folder, train = self.config, self.folder, self.config.train
         if self.processes.is_main:
             folder.write_config(config_to_yaml(config))
+            self._say_notes()
             if self.layout.strategy in ZERO_STAGE:
                 folder.write_deepspeed_config(effective_config(config, self.layout))
             folder.write_manifest(self._manifest("running"))
@@ -131,6 +132,14 @@ class Trainer:
             return {}
         folder.clear_stop()
         return folder.update_manifest(**self._manifest(status))
+
+    def _say_notes(self) -> None:
+        """What runs other than asked: another strategy's name, keys of a ds_config.json that do nothing here."""
+        notes = [resolve_strategy(self.config.strategy)[1]]
+        if self.config.parallel.deepspeed_config:
+            notes += read_user_config(self.config.parallel.deepspeed_config)[1]
+        for note in filter(None, notes):
+            print(note, file=sys.stderr)
 
     def _loop(self, metrics: MetricsWriter, bar: ProgressBar, stopping: Callable[[], bool]) -> str:
         train, progress = self.config.train, self.progress

@@ -9,8 +9,9 @@ import pytest
 from biokit.checkpoint import load_checkpoint, newest_checkpoint
 from biokit.config import config_from_dict, config_to_dict
 from biokit.errors import BiokitError, ConfigError
+from biokit.layouts import find_layout
 from biokit.runs import RunFolder
-from biokit.train import find_layout, train
+from biokit.train import train
 from tests.distributed import RanksFailed, ranks
 from tests.small_run import small_config
 

@@ -118,7 +118,7 @@ def plan_layout(config: RunConfig, world_size: int, divided: Mapping[str, int], 
         raise ConfigError(f"pp={pipeline}", found, f"Valid: 1 to {num_layers}")
     if world_size % (tensor * pipeline):
         valid = f"Start a multiple of {tensor * pipeline} processes, or give sizes whose product divides {world_size}"
-        raise ConfigError(f"tp={tensor} x pp={pipeline}", f"{world_size} processes are started", valid)
+        raise ConfigError(f"tp={tensor} x pp={pipeline}", _started(world_size), valid)
     layout = Layout(name, tensor, world_size // (tensor * pipeline), pipeline)
     _check_batches(config, layout)
     _check_options(config, layout)
@@ -177,6 +177,10 @@ def _check_options(config: RunConfig, layout: Layout) -> None:
     if layout.strategy == "ZeroInf" and parallel.offload_device == "nvme" and not parallel.offload_dir:
         found = "parallel.offload_dir is empty"
         raise ConfigError("parallel.offload_device=nvme", found, "Give a folder on a fast local disk")
+
+
+def _started(world_size: int) -> str:
+    return "1 process is started" if world_size == 1 else f"{world_size} processes are started"
 
 
 def deal_micro_batches(num_micros: int, data_rank: int, num_data_ranks: int) -> range:
