@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from biokit.config import RunConfig
+from biokit.errors import ConfigError
 from biokit.models import find_model
 from biokit.parallel.grid import Layout, plan_layout
+from biokit.process import choose_device
 
 
 def find_layout(config: RunConfig, world_size: int) -> Layout:
@@ -16,4 +18,8 @@ def find_layout(config: RunConfig, world_size: int) -> Layout:
     spec = find_model(config.model.name)
     sizes = spec.resolve(config.model)
     num_layers = len(spec.layers(config.model, 1, config.data.max_length))
-    return plan_layout(config, world_size, {name: sizes[name] for name in spec.divided}, num_layers)
+    layout = plan_layout(config, world_size, {name: sizes[name] for name in spec.divided}, num_layers)
+    if config.parallel.sequence_parallel and choose_device(config.train.device).type != "cuda":
+        found = "Megatron-core places its buffers on the current CUDA device"
+        raise ConfigError("parallel.sequence_parallel=True on the CPU", found, "Give sequence_parallel=False")
+    return layout

@@ -7,6 +7,7 @@ checkpoints and the manifest there. Loss curves are bitwise the same however oft
 from __future__ import annotations
 
 import contextlib
+import os
 import traceback
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ def train(config: RunConfig) -> dict[str, Any]:
             that does not fit, a loss that is not finite.
     """
     layout = find_layout(config, count_processes()[1])
+    if layout.tensor > 1:  # Megatron-core overlaps only where kernels start in order; read when CUDA starts
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = choose_device(config.train.device)
     folder = RunFolder(config.run_dir)
     with contextlib.ExitStack() as stack:

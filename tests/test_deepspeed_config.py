@@ -85,8 +85,7 @@ def test_deepspeed_accepts_what_biokit_makes(layout: Layout, precision: str, mon
     assert read.zero_optimization_stage == ZERO_STAGE[layout.strategy]
     assert (read.train_batch_size, read.gradient_accumulation_steps) == (32, 32 // 4 // layout.data)
     assert read.gradient_clipping == 0.0
-    assert read.float16_config.enabled == (precision == "fp16")
-    assert not read.bfloat16_config.enabled
+    assert not read.float16_config.enabled and not read.bfloat16_config.enabled  # weights stay in fp32
     assert not read.zero_config.overlap_comm
     assert (read.pipeline["pipe_partitioned"], read.pipeline.get("use_reentrant")) == (
         (False, False) if layout.strategy in ("Pipeline", "ThreeD") else (True, None)
@@ -143,12 +142,12 @@ def test_the_file_that_molbart_shipped(write: Any, monkeypatch: pytest.MonkeyPat
     config = configure(path, precision="fp16", global_batch_size=1024, micro_batch_size=256)
     made = effective_config(config, Layout("Zero1", data=4))
     assert "optimizer" not in made
-    assert made["fp16"]["hysteresis"] == 2  # the user's
+    assert "fp16" not in made
     assert made["zero_optimization"]["contiguous_gradients"] is False
     assert (made["steps_per_print"], made["wall_clock_breakdown"]) == (1, True)
     assert read_by_deepspeed(made, 4, monkeypatch).train_batch_size == 1024
     notes = read_user_config(path)[1]
-    assert [note.split(": ")[1].split()[0] for note in notes] == ["optimizer", "zero_optimization.cpu_offload"]
+    assert [note.split(": ")[1].split()[0] for note in notes] == ["optimizer", "zero_optimization.cpu_offload", "fp16"]
     assert refusal(config, Layout("Zero1", data=2)) == (
         f"{path}: train_batch_size=1024, but train_micro_batch_size_per_gpu=256 x gradient_accumulation_steps=1 x "
         "2 data ranks = 512. Mend one of them, or leave all three out: biokit fills them in."
@@ -191,7 +190,7 @@ def test_auto_is_filled_in_everywhere(write: Any, monkeypatch: pytest.MonkeyPatc
         ({"gradient_allreduce_op": "sum"}, {}, "weighs its losses for a mean"),
         ({"pipeline": {"seed_layers": True}}, {}, "same dropout mask"),
         ({"pipeline": {"stages": 2}}, {}, "Set parallel.pipeline_model_parallel_size"),
-        ({}, {"precision": "fp16", "initial_loss_scale": 1000.0}, "starts with a power of two. Give 1024."),
+        ({"fp16": {"initial_scale_power": 12}}, {"precision": "fp16"}, "gives 16.0. Set train.initial_loss_scale"),
     ],
 )  # fmt: skip
 def test_contradictions_are_refused_with_the_key_to_set(

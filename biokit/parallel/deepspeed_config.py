@@ -44,14 +44,13 @@ def effective_config(config: RunConfig, layout: Layout) -> dict[str, Any]:
     asked, _ = read_user_config(path)
     _check_batches(path, asked, layout)
     _check_precision(path, asked, config)
-    for group in PRECISION_GROUPS:
-        if group != "fp16" or config.train.precision != "fp16":
-            asked.pop(group, None)
     decided = _decided(config, layout, ours)
     for key, value in _leaves(asked):
         if key in decided and value not in (decided[key][0], AUTO, None):
             found = f"{key} is {json.dumps(value)}, and for this run biokit gives {json.dumps(decided[key][0])}"
             raise ConfigError(path, found, f"{decided[key][1]}, or leave {key} out of the file")
+    for group in PRECISION_GROUPS:
+        asked.pop(group, None)
     return _merge(ours, asked, set(decided))
 
 
@@ -75,8 +74,12 @@ def read_user_config(path: str | Path) -> tuple[dict[str, Any], list[str]]:
         if value == AUTO and key.split(".")[0] == "zero_optimization" and key != "zero_optimization.stage":
             notes.append(f"{path}: {key}=\"auto\" takes biokit's value, or else DeepSpeed's default.")
     for group, precision in PRECISION_GROUPS.items():
-        if precision == "bf16" and group in tree:
-            notes.append(f"{path}: {group} is not passed on: train.precision=bf16 computes in bf16 over fp32 weights.")
+        if group in tree:
+            how = "with biokit's own loss scale " if precision == "fp16" else ""
+            notes.append(
+                f"{path}: {group} is not passed on: train.precision={precision} computes in {precision} "
+                f"{how}over fp32 weights."
+            )
     return tree, notes
 
 
@@ -98,15 +101,6 @@ def _own_config(config: RunConfig, layout: Layout) -> dict[str, Any]:
     if layout.strategy in STAGED:
         # partitioned: a stage that sends two floats fails under tp > 1; reentrant: recompute drops gradients of tuples
         ours["pipeline"] = {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False}
-    if train.precision == "fp16":
-        ours["fp16"] = {
-            "enabled": True,
-            "loss_scale": 0,  # dynamic
-            "initial_scale_power": _scale_power(train.initial_loss_scale),
-            "loss_scale_window": train.loss_scale_window,
-            "hysteresis": 1,  # the first overflow halves the scale, as torch's GradScaler does
-            "min_loss_scale": 1,
-        }
     return ours
 
 
@@ -124,15 +118,9 @@ def _zero_group(config: RunConfig, layout: Layout) -> dict[str, Any]:
         device, folder = config.parallel.offload_device, config.parallel.offload_dir
         place = {"device": device, "pin_memory": on_cuda} | ({"nvme_path": folder} if device == "nvme" else {})
         group |= {name: dict(place) for name in OFFLOADS}
+        if device == "nvme":
+            group["offload_param"]["buffer_size"] = BUCKET_SIZE  # elements; five are reserved
     return group
-
-
-def _scale_power(scale: float) -> int:
-    power = round(math.log2(scale))
-    if 2**power != scale:
-        found = "DeepSpeed starts with a power of two"
-        raise ConfigError(f"train.initial_loss_scale={scale:g}", found, f"Give {2**power}")
-    return power
 
 
 def _decided(config: RunConfig, layout: Layout, ours: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
@@ -147,8 +135,6 @@ def _decided(config: RunConfig, layout: Layout, ours: Mapping[str, Any]) -> dict
         "zero_optimization.stage": f"Set strategy={STAGES}",
         "zero_optimization.offload_optimizer.nvme_path": "Set parallel.offload_dir",
         "zero_optimization.offload_param.nvme_path": "Set parallel.offload_dir",
-        "fp16.initial_scale_power": "Set train.initial_loss_scale",
-        "fp16.loss_scale_window": "Set train.loss_scale_window",
     }
     if config.data.max_tokens:
         settings |= dict.fromkeys(BATCH_KEYS, "data.max_tokens decides how many samples a batch has")
@@ -161,6 +147,8 @@ def _decided(config: RunConfig, layout: Layout, ours: Mapping[str, Any]) -> dict
         "managed_gradient_accumulation": (True, "biokit counts on DeepSpeed's accumulation"),
         "gradient_allreduce_op": ("mean", "biokit weighs its losses for a mean"),
         "data_types.param_dtype": ("fp32", FP32_WEIGHTS),
+        "fp16.initial_scale_power": (math.log2(config.train.initial_loss_scale), "Set train.initial_loss_scale"),
+        "fp16.loss_scale_window": (config.train.loss_scale_window, "Set train.loss_scale_window"),
         "fp16.fp16_master_weights_and_grads": (False, FP32_WEIGHTS),
         "zero_optimization.compute_grad_norm": (True, "biokit reports the norm"),
         "pipeline.stages": (layout.pipeline, "Set parallel.pipeline_model_parallel_size"),

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from biokit.config import ParallelConfig, RunConfig, TrainConfig
-from biokit.errors import ConfigError, RunError
+from biokit.errors import ConfigError
 from biokit.parallel.deepspeed_config import effective_config
 from biokit.parallel.folding import autocast, build_optimizer, checkpoint_layer, fold_layers, move_batch, token_loss
 from biokit.parallel.grid import ZERO_STAGE, Layout, balance_layers
@@ -101,10 +102,10 @@ class Staged(Zero):
         self.stage, self.plan, self.template = ZERO_STAGE[layout.strategy], parts.plan, parts.template()
         self.bounds = balance_layers(_count_parameters(parts, self.template), layout.pipeline)
         settings = effective_config(config, layout)
-        settings.pop("fp16", None)  # weights stay in fp32: `LossScale` scales instead
         deepspeed = start_deepspeed(processes.device)
         self.tools, self.loaded_step = deepspeed.utils, None
         self.split: Callable[[nn.Module, str, bool], nn.Module] | None = None
+        self.rows_of = layout.tensor if config.parallel.sequence_parallel else 1  # rows are dealt to the tensor ranks
         self.checkpointed, self.token_loss = checkpoint_layer, token_loss
         if layout.tensor > 1 or config.parallel.sequence_parallel:
             self._start_tensor_parallel(config.parallel)
@@ -184,23 +185,9 @@ class Staged(Zero):
         # the engine divides by the micro-batches of a rank, and averages over the data ranks
         self.scale = len(micro_batches) * self.layout.data / num_valid
         self.own.seeds = iter(seeds)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        if self.scaler.enabled:
-            self.engine.optimizer.override_loss_scale(self.scaler.scale)
+        self._prepare_step(lr)
         self.engine.train_batch(self._feed(micro_batches))
         return self._judge_step(self._sum_figures())
-
-    def _judge_step(self, sums: TokenSums) -> StepResult:
-        """What the engine's last update did; where it was not finite, the engine has left the weights as they were."""
-        norm, applied = float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
-        if not math.isfinite(sums.loss):
-            raise RunError("training", f"the loss is {sums.loss}", "Lower train.lr, or look at the batch's molecules")
-        if not applied and not (self.scaler.enabled and self.scaler.scale > 1.0):
-            raise RunError("training", f"the gradient norm is {norm}", "Lower train.lr, or train.precision=fp32")
-        if self.scaler.enabled:
-            self.scaler.update(overflow=not applied)
-        return StepResult(sums, norm, not applied)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> TokenSums:
@@ -216,6 +203,10 @@ class Staged(Zero):
     ) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
         for micro in micro_batches:
             inputs, labels_BT = move_batch(micro, self.parts.batch_keys, self.processes.device)
+            missing = -len(labels_BT) % self.rows_of
+            if missing:  # repeat the first row, with no label that counts
+                inputs = [torch.cat([ids, ids[:1].expand(missing, -1)]) for ids in inputs]
+                labels_BT = F.pad(labels_BT, (0, 0, 0, missing), value=self.parts.pad_id)
             yield tuple(inputs), labels_BT
 
     def _scaled_loss(self, logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
@@ -230,7 +221,7 @@ class Staged(Zero):
         counts = figures and self.place.tensor == 0
         return TokenSums.of(self.processes.sum(torch.stack(figures).sum(0).tolist() if counts else [0.0, 0.0, 0.0]))
 
-    def read_piece(self, name: str, moment: str | None) -> torch.Tensor | None:  # type: ignore[override]
+    def read_piece(self, name: str, moment: str | None) -> torch.Tensor | None:
         """A parameter of this stage, or one of its moments; see `Strategy.read_piece`."""
         return super().read_piece(name, moment) if self.holds(name) else None
 

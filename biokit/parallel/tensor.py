@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -45,8 +44,6 @@ def start_tensor_parallel(
     if sequence_parallel and device.type != "cuda":
         found = "Megatron-core places its buffers on the current CUDA device"
         raise ConfigError("parallel.sequence_parallel=True on the CPU", found, "Give sequence_parallel=False")
-    # one hardware queue: Megatron-core counts on collectives starting before the products issued after them
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # torch 2.13 renamed the collectives that Megatron-core calls
     warnings.filterwarnings("ignore", ".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated", FutureWarning)
     _megatron("parallel_state").initialize_model_parallel(

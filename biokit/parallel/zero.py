@@ -78,7 +78,6 @@ class Zero(Strategy):
     def __init__(self, parts: ModelParts, config: RunConfig, layout: Layout, processes: Processes) -> None:
         deepspeed = start_deepspeed(processes.device)
         settings = effective_config(config, layout)
-        settings.pop("fp16", None)  # it would halve the weights themselves, and not on a CPU; see LossScale
         if layout.strategy == "ZeroInf" and config.parallel.offload_device == "nvme":
             prepare_nvme(Path(config.parallel.offload_dir), processes)
         self.parts, self.config, self.layout, self.processes = parts, config.train, layout, processes
@@ -104,8 +103,7 @@ class Zero(Strategy):
     ) -> StepResult:
         """One update over a global batch; see `Strategy.train_batch`."""
         self.engine.train()
-        if self.scaler.enabled:
-            self.engine.optimizer.override_loss_scale(self.scaler.scale)
+        self._prepare_step(lr)
         sums, last = TokenSums(), len(micro_batches) - 1
         for index, (micro, seed) in enumerate(zip(micro_batches, seeds, strict=True)):
             self.engine.set_gradient_accumulation_boundary(index == last)
@@ -117,7 +115,18 @@ class Zero(Strategy):
                     loss = loss * math.nan  # so that the engine drops the gradients of the whole batch
             # gradients are averaged over the data ranks; the engine's own division by its accumulation is left out
             self.engine.backward(loss * (self.layout.data / num_valid), scale_wrt_gas=False)
-        norm, applied = self._step(lr)
+        self.engine.step()
+        return self._judge_step(sums)
+
+    def _prepare_step(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.scaler.enabled:
+            self.engine.optimizer.override_loss_scale(self.scaler.scale)
+
+    def _judge_step(self, sums: TokenSums) -> StepResult:
+        """What the engine's last update did; where it was not finite, the engine has left the weights as they were."""
+        norm, applied = float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
         if not math.isfinite(sums.loss):
             raise RunError("training", f"the loss is {sums.loss}", "Lower train.lr, or look at the batch's molecules")
         if not applied and not (self.scaler.enabled and self.scaler.scale > 1.0):
@@ -126,20 +135,13 @@ class Zero(Strategy):
             self.scaler.update(overflow=not applied)
         return StepResult(sums, norm, not applied)
 
-    def _step(self, lr: float) -> tuple[float, bool]:
-        """Clip and update; (gradient norm before clipping, whether it was finite and the weights changed)."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.engine.step()
-        return float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
-
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> TokenSums:
         """Sums without dropout; see `Strategy.evaluate`."""
         self.engine.eval()
         return self._over_ranks(sum((self._loss(micro, None)[0] for micro in micro_batches), TokenSums()))
 
-    def read_piece(self, name: str, moment: str | None) -> torch.Tensor:
+    def read_piece(self, name: str, moment: str | None) -> torch.Tensor | None:
         """A parameter, or one of its moments; see `Strategy.read_piece`."""
         parameter = self.parameters[name]
         if moment is None:
@@ -223,7 +225,7 @@ class Zero(Strategy):
         own = dict(model.named_parameters()) if model else {}
         for name in self.parameters:
             whole = self.read_piece(name, None)
-            if name in own:
+            if name in own and whole is not None:
                 own[name].data.copy_(whole)
         return model.to(self.processes.device).eval() if model else None
 
