@@ -145,12 +145,17 @@ def probe_versions() -> Iterator[Finding]:
 
 
 def probe_engines() -> Iterator[Finding]:
-    torch = version_of("torch")
-    yield Finding("Single", f"usable (torch {torch})" if torch != MISSING else "torch is missing")
-    for package, name in (("deepspeed", "DeepSpeed"), ("megatron-core", "Megatron-core")):
-        version = version_of(package)
-        found = "not installed" if version == MISSING else f"found {version}; no strategy of this version uses it"
-        yield Finding(name, found, _install_extra("distributed") if version == MISSING else "")
+    """Which strategies can run, by the engines they need."""
+    torch, deepspeed, megatron = map(version_of, ("torch", "deepspeed", "megatron-core"))
+    alone = f"usable (torch {torch})" if torch != MISSING else "torch is missing"
+    yield Finding("Single, DDP", alone)
+    staged = "Zero1, Zero2, Zero3, ZeroInf, Pipeline"
+    for name, missing in ((staged, deepspeed == MISSING), ("ThreeD", MISSING in (deepspeed, megatron))):
+        engines = {"DeepSpeed": deepspeed} | ({"Megatron-core": megatron} if name == "ThreeD" else {})
+        found = ", ".join(
+            f"{engine} {'not installed' if version == MISSING else version}" for engine, version in engines.items()
+        )
+        yield Finding(name, found if missing else f"usable ({found})", _install_extra("distributed") if missing else "")
 
 
 def probe_kernels() -> Iterator[Finding]:
