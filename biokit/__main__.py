@@ -72,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     launch.set_defaults(run=_run_launch)
 
+    split = commands.add_parser("split-layers", help="write a checkpoint as one file a layer, for `--load`")
+    split.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run folder")
+    split.add_argument("directory", type=Path, metavar="DIR", help="a new folder")
+    split.set_defaults(run=_run_split_layers)
+
     notebook = commands.add_parser("notebook", help="execute a notebook by papermill into a run folder")
     notebook.add_argument("notebook", type=Path, metavar="NOTEBOOK", help="a .ipynb file with a `parameters` cell")
     notebook.add_argument(
@@ -135,6 +140,14 @@ def _run_launch(options: argparse.Namespace) -> int:
         print(plan)
     else:
         plan.start()
+    return 0
+
+
+def _run_split_layers(options: argparse.Namespace) -> int:
+    from biokit.exchange.layers import split_layers
+
+    layers = split_layers(options.checkpoint, options.directory)["layers"]
+    print(f"{len(layers)} layers, {sum(layer['bytes'] for layer in layers):,} bytes: {options.directory}")
     return 0
 
 

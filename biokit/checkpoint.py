@@ -27,7 +27,7 @@ from torch import nn
 from biokit.config import config_from_dict
 from biokit.errors import CheckpointError
 from biokit.models import build_model
-from biokit.runs import RunFolder, flush_to_disk
+from biokit.runs import RunFolder, describe_file, flush_to_disk
 from biokit.tokenizers import SmilesTokenizer
 
 FORMAT, SEAL = "biokit-checkpoint-2", "manifest_sha256"
@@ -116,7 +116,7 @@ def save_checkpoint(
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial / name)
         (partial / STATE).write_text(json.dumps(dict(state), sort_keys=True))
         (partial / VOCABULARY).write_text(vocabulary, encoding="utf-8")
-        files = {name: _file_entry(partial / name) for name in FILES}
+        files = {name: describe_file(partial / name) for name in FILES}
         manifest = {"format": FORMAT, "step": step, "files": files, **about}
         (partial / MANIFEST).write_text(_sealed(manifest))
         for path in [*partial.iterdir(), partial]:
@@ -333,10 +333,5 @@ def _form(tensor: torch.Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def _file_entry(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
 def _entry_or_none(path: Path) -> dict[str, Any] | None:
-    return _file_entry(path) if path.is_file() else None
+    return describe_file(path) if path.is_file() else None

@@ -39,6 +39,8 @@ from biokit.models import find_model
 from biokit.models.molbart import MolBART
 from biokit.parallel.deepspeed_config import effective_config, read_user_config
 from biokit.parallel.grid import ZERO_STAGE, Layout, deal_micro_batches, resolve_strategy
+from biokit.parallel.layer_files import is_layer_folder
+from biokit.parallel.layer_loading import load_layers
 from biokit.parallel.processes import Processes
 from biokit.parallel.strategy import ModelParts, TokenSums, make_strategy
 from biokit.process import deterministic, stop_signals
@@ -86,6 +88,7 @@ class Trainer:
         if config.train.early_stopping_patience and not len(self.val_loader):
             raise DataError("train.early_stopping_patience", "the val part holds no molecule", "Check data.split")
         self.hidden_size: int = self.spec.resolve(config.model)["hidden_size"]
+        self.starts_from_layers = newest_checkpoint(folder) is None and is_layer_folder(Path(config.load or "-"))
         self.strategy = make_strategy(self._model_parts(), config, layout, processes)
         self.progress = Progress()
         self.last_line: dict[str, Any] = {}
@@ -263,9 +266,12 @@ class Trainer:
                 self.writer.write(self.progress.step, model, optimizer, state, about, vocabulary)
 
     def _resume(self) -> int:
-        """Take over the newest checkpoint of the run, else that of `load`; returns its step (0: a fresh run)."""
+        """Take over the newest checkpoint of the run, else that of `load`; returns its step (0: a fresh run).
+
+        Where `load` is a folder of layer files, the model was built from them, and the run is fresh.
+        """
         path = newest_checkpoint(self.folder)
-        if path is None and not self.config.load:
+        if path is None and (not self.config.load or self.starts_from_layers):
             return 0
         if path is not None and not self.config.resume:
             raise RunError(
@@ -321,7 +327,7 @@ class Trainer:
     def _model_parts(self) -> ModelParts:
         config, spec = self.config, self.spec
         sizes = (config.model, self.tokenizer.vocab_size, config.data.max_length, config.seed)
-        return ModelParts(
+        parts = ModelParts(
             layers=spec.layers(*sizes),
             build=partial(spec.build, *sizes),
             plan=spec.tensor_parallel_plan,
@@ -329,6 +335,9 @@ class Trainer:
             batch_keys=spec.batch_keys,
             pad_id=self.tokenizer.pad_id,
         )
+        if self.starts_from_layers:
+            return load_layers(parts, Path(config.load), vocabulary_hash=self.tokenizer.hash)
+        return parts
 
     def _manifest(self, status: str) -> dict[str, Any]:
         lines = self.folder.read_metrics()

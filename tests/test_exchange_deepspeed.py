@@ -14,7 +14,7 @@ from biokit.checkpoint import load_checkpoint
 from biokit.errors import CheckpointError, ConfigError
 from biokit.exchange.reshard import open_source, reshard
 from biokit.exchange.safe_load import load_safely
-from biokit.exchange.source import KINDS, WEIGHT, Blueprint
+from biokit.exchange.source import WEIGHT, Blueprint
 from biokit.models import build_model
 from biokit.parallel.cuts import cut_tensor
 from biokit.parallel.processes import join_processes
@@ -340,7 +340,3 @@ def test_a_file_that_would_run_something_is_refused(copy, tmp_path):
     with pytest.raises(CheckpointError, match=r"mp_rank_00_model_states\.pt.*print"):
         reshard(folder, tmp_path / "m", config=small_config())
     assert not (tmp_path / "m").exists()
-
-
-def test_all_kinds_are_known():
-    assert KINDS == ("weight", "exp_avg", "exp_avg_sq", "step")

@@ -36,6 +36,7 @@ def test_a_run_in_short(make_run):
     found = summarize_run(make_run("a", LOSSES, Layout("ThreeD", tensor=2, pipeline=2)))
     assert (found.layout, found.num_processes, found.step_s) == ("ThreeD x tp2 x pp2", 4, 2.0)  # the first took 100 s
     assert found.losses == {1: 6.0, 2: 5.0, 3: 4.0}
+    assert summarize_run(make_run("two", [6.0, 5.0])).step_s == 2.0
     assert summarize_run(make_run("one", [6.0])).step_s == 100.0
 
 

@@ -102,4 +102,4 @@ def _cannot_write(asked: str, error: OSError) -> DataError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     found = f"the disk or quota is full ({error.strerror})" if full else f"it failed ({error})"
     do = "Free space" if full else "Check the path and its permissions"
-    return DataError(asked, found, f"{do}, or give another folder (data.store_dir); nothing half was left")
+    return DataError(asked, found, f"{do}, or give another folder; nothing half was left")

@@ -15,7 +15,8 @@ from biokit.config import config_from_dict
 from biokit.data.publish import publish_folder
 from biokit.errors import CheckpointError
 from biokit.models import find_model
-from biokit.parallel.layer_files import FORMAT, INDEX, describe_file, describe_tensors, layer_file_name
+from biokit.parallel.layer_files import FORMAT, INDEX, describe_tensors, layer_file_name
+from biokit.runs import describe_file
 from biokit.tokenizers import SmilesTokenizer
 
 

@@ -8,7 +8,6 @@ The index holds shapes and the sha256 of every file; a file that it does not nam
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import re
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from biokit.errors import CheckpointError, ConfigError
 from biokit.parallel.cuts import cut_tensor, find_cut, padded_size
+from biokit.runs import describe_file
 
 FORMAT, INDEX = "biokit-layers-1", "index.json"
 FILE_NAME = re.compile(r"model\.layers\.\d+\.(pt|safetensors)")
@@ -59,15 +59,14 @@ class Share:
         return cut_tensor(whole, cut, self.num_parts, self.part)
 
 
+def is_layer_folder(directory: Path) -> bool:
+    """Whether a folder holds layer files."""
+    return any((directory / layer_file_name(0, suffix)).is_file() for suffix in (".safetensors", ".pt"))
+
+
 def layer_file_name(position: int, suffix: str = ".safetensors") -> str:
     """The file of the layer at a position in the model's list."""
     return f"model.layers.{position}{suffix}"
-
-
-def describe_file(path: Path) -> dict[str, Any]:
-    """Size and sha256 of a file."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -68,7 +68,8 @@ def load_layers(
     if lora_mode == "lora" and not any(trainable):
         found = f"no linear layer of the model is named {' or '.join(lora.targets)}"
         raise ConfigError("lora_mode=lora", found, "Give LoraConfig(targets=...) names of linear layers")
-    return replace(parts, layers=layers, build=partial(_build_model, parts, sources, lora_mode, lora))
+    build = partial(_build_model, parts, sources, lora_mode, lora)
+    return replace(parts, layers=layers, build=build, untrained=partial(_build_like, parts, lora_mode, lora))
 
 
 def build_layer(make: Make, source: LayerSource) -> nn.Module:
@@ -152,6 +153,14 @@ def _build_model(parts: ModelParts, sources: Mapping[str, LayerSource], mode: st
     for name, earlier in parts.tied.items():
         module_name, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module_name), leaf, model.get_parameter(earlier))
+    return model
+
+
+def _build_like(parts: ModelParts, mode: str, lora: LoraConfig) -> nn.Module:
+    """The whole model as `_build_model` builds it, with weights that no file gave."""
+    model = parts.build()
+    for layer, (name, _) in zip(model.layers(), parts.layers, strict=True):  # type: ignore[operator]
+        set_trainable(layer, mode, lora, name)
     return model
 
 

@@ -60,14 +60,16 @@ class Stage(nn.Module):
         super().__init__()
         self.first, self.config, self.device_type, self.checkpointed = first, config, device.type, checkpointed
         self.seeds: Iterator[int | None] = iter(())
-        built = {name: build() for name, build in parts.layers[first:last]}
-        self.weights = {f"{name}.{key}": p for name, layer in built.items() for key, p in layer.named_parameters()}
+        built, self.weights = {}, dict[str, nn.Parameter]()
+        for name, build in parts.layers[first:last]:
+            layer = build()
+            self.weights |= {f"{name}.{key}": parameter for key, parameter in layer.named_parameters()}
+            # cut before the next one is built: memory holds one whole layer
+            built[name] = layer if split is None else split(layer, name, name == parts.layers[0][0])
         self._tie(built, parts.tied)
-        if split is not None:
-            built = {name: split(layer, name, name == parts.layers[0][0]) for name, layer in built.items()}
         self.layers = nn.ModuleList(built.values())
         # every stage needs both of the optimizer's groups: ZeRO adds up the norm over the stages a group at a time
-        dims = [weight.dim() for weight in self.weights.values()]
+        dims = [weight.dim() for weight in self.weights.values() if weight.requires_grad]
         self.idle_vector = None if any(dim < 2 for dim in dims) else nn.Parameter(torch.zeros(1))
         self.idle_matrix = None if any(dim >= 2 for dim in dims) else nn.Parameter(torch.zeros(1, 1))
 
@@ -88,7 +90,10 @@ class Stage(nn.Module):
         if isinstance(carry, torch.Tensor):
             return carry
         # the engine receives into buffers that it takes again without a look at their dtype
-        return tuple(value.float() if value.is_floating_point() else value for value in carry)
+        carry = tuple(value.float() if value.is_floating_point() else value for value in carry)
+        # the engine sends a gradient back for every float, also for what frozen layers alone have made
+        frozen = [v.is_floating_point() and torch.is_grad_enabled() and not v.requires_grad for v in carry]
+        return tuple(v.detach().requires_grad_() if f else v for v, f in zip(carry, frozen, strict=True))
 
 
 class Staged(Zero):
@@ -238,7 +243,7 @@ class Staged(Zero):
         state = self.model_state()
         if not self.processes.is_main:
             return None
-        model = self.parts.build()
+        model = self.parts.build_untrained()
         for name, parameter in model.named_parameters():
             parameter.data.copy_(state.pop(name))
         return model.to(self.processes.device).eval()

@@ -125,7 +125,7 @@ class Single(Strategy):
         parameter = self.parameters[name]
         if moment is None:
             parameter.copy_(piece)
-        else:
+        elif parameter.requires_grad:
             self.optimizer.state[parameter][moment] = piece.to(parameter.device, copy=True)
 
     def scaler_state(self) -> dict[str, Any]:

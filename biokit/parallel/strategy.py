@@ -60,6 +60,7 @@ class ModelParts:
         plan: the tensor-parallel plan, see `biokit.parallel.cuts`.
         tied: parameter -> the earlier parameter whose tensor it shares.
         batch_keys: the arrays of a batch: inputs of the first layer in order, labels last.
+        untrained: the whole model with weights that do not matter, where `build` reads them from files.
     """
 
     layers: Sequence[tuple[str, Callable[[], nn.Module]]]
@@ -68,6 +69,11 @@ class ModelParts:
     tied: Mapping[str, str]
     batch_keys: tuple[str, ...]
     pad_id: int
+    untrained: Callable[[], nn.Module] | None = None
+
+    def build_untrained(self) -> nn.Module:
+        """The whole model, to be filled; reads no file."""
+        return (self.untrained or self.build)()
 
     def template(self) -> dict[str, torch.Tensor]:
         """Every parameter of the whole model by name, in order, without storage; tied ones once."""

@@ -14,6 +14,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,12 @@ class Zero(Strategy):
     def read_piece(self, name: str, moment: str | None) -> torch.Tensor | None:
         """A parameter, or one of its moments; see `Strategy.read_piece`."""
         parameter = self.parameters[name]
-        if moment is None:
+        if not parameter.requires_grad:
+            if moment is not None:
+                return torch.zeros(() if moment == "step" else self.template[name].shape)
+            with self.gather([parameter]) if self.stage == 3 else nullcontext():
+                whole = parameter.detach().clone()
+        elif moment is None:
             whole = self.tools.safe_get_full_fp32_param(parameter)
         elif moment == "step":
             whole = self.optimizer.state[self._partitions()[0]]["step"]
@@ -175,6 +181,11 @@ class Zero(Strategy):
             CheckpointError: parameters with different numbers of steps.
         """
         parameter = self.parameters[name]
+        if not parameter.requires_grad:  # it has no moments
+            if moment is None:
+                with self.gather([parameter], modifier_rank=0) if self.stage == 3 else nullcontext():
+                    parameter.copy_(piece)
+            return
         if moment == "step":
             self._write_step(float(piece))
             return
@@ -221,7 +232,7 @@ class Zero(Strategy):
         """The whole model in evaluation mode on the main process, None on the others. All call it together."""
         if self.stage < 3:
             return super().whole_model()
-        model = self.parts.build() if self.processes.is_main else None
+        model = self.parts.build_untrained() if self.processes.is_main else None
         own = dict(model.named_parameters()) if model else {}
         for name in self.parameters:
             whole = self.read_piece(name, None)
