@@ -77,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     split.add_argument("directory", type=Path, metavar="DIR", help="a new folder")
     split.set_defaults(run=_run_split_layers)
 
+    _add_reshard(commands.add_parser("reshard", help="write a checkpoint cut for another layout, or in biokit's form"))
+
     notebook = commands.add_parser("notebook", help="execute a notebook by papermill into a run folder")
     notebook.add_argument("notebook", type=Path, metavar="NOTEBOOK", help="a .ipynb file with a `parameters` cell")
     notebook.add_argument(
@@ -106,6 +108,22 @@ def _add_config(command: argparse.ArgumentParser) -> None:
         metavar="key=value",
         help="e.g. train.lr=1e-3 (or ++train.lr=1e-3); keys: biokit/config.py",
     )
+
+
+def _add_reshard(command: argparse.ArgumentParser) -> None:
+    command.add_argument("src", type=Path, metavar="SRC", help="a biokit checkpoint or run, Megatron's or DeepSpeed's")
+    command.add_argument("dst", type=Path, metavar="DST", help="a new folder")
+    sizes = {"tensor": ("--tp", "--tensor_model_parallel_size"), "pipeline": ("--pp", "--pipeline_model_parallel_size")}
+    for name, flags in sizes.items():
+        command.add_argument(*flags, dest=name, type=int, default=1, metavar="N", help=f"{name} ranks (1)")
+    command.add_argument("--dry-run", action="store_true", help="print what would move, write nothing")
+    command.add_argument("--format", choices=("megatron", "biokit"), default="megatron", help="form of DST (megatron)")
+    command.add_argument("--config", help="the model's configuration, where SRC was not made by biokit")
+    command.add_argument("--no-optimizer", "--finetune", dest="optimizer", action="store_false", help="weights only")
+    command.add_argument(
+        "--checkpoint-version", dest="version", type=float, default=3, help="Megatron's; decides the order in QKV (3)"
+    )
+    command.set_defaults(run=_run_reshard)
 
 
 def _run_train(options: argparse.Namespace) -> int:
@@ -148,6 +166,25 @@ def _run_split_layers(options: argparse.Namespace) -> int:
 
     layers = split_layers(options.checkpoint, options.directory)["layers"]
     print(f"{len(layers)} layers, {sum(layer['bytes'] for layer in layers):,} bytes: {options.directory}")
+    return 0
+
+
+def _run_reshard(options: argparse.Namespace) -> int:
+    from biokit.exchange.reshard import reshard
+
+    print(
+        reshard(
+            options.src,
+            options.dst,
+            options.tensor,
+            options.pipeline,
+            dry_run=options.dry_run,
+            format=options.format,
+            config=options.config,
+            optimizer=options.optimizer,
+            version=options.version,
+        )
+    )
     return 0
 
 

@@ -1,11 +1,14 @@
-"""The layout of a run: a model's sizes and a strategy's arithmetic meet here, before anything starts."""
+"""Where a model's data and a strategy's arithmetic meet, before anything starts."""
 
 from __future__ import annotations
+
+from functools import partial
 
 from biokit.config import RunConfig
 from biokit.errors import ConfigError
 from biokit.models import find_model
 from biokit.parallel.grid import Layout, plan_layout
+from biokit.parallel.strategy import ModelParts
 from biokit.process import choose_device
 
 
@@ -23,3 +26,21 @@ def find_layout(config: RunConfig, world_size: int) -> Layout:
         found = "Megatron-core places its buffers on the current CUDA device"
         raise ConfigError("parallel.sequence_parallel=True on the CPU", found, "Give sequence_parallel=False")
     return layout
+
+
+def model_parts(config: RunConfig, vocab_size: int, pad_id: int) -> ModelParts:
+    """What a strategy needs of the untrained model of a configuration.
+
+    Raises:
+        ConfigError: no such model or preset, or sizes that do not fit one another.
+    """
+    spec = find_model(config.model.name)
+    sizes = (config.model, vocab_size, config.data.max_length, config.seed)
+    return ModelParts(
+        layers=spec.layers(*sizes),
+        build=partial(spec.build, *sizes),
+        plan=spec.tensor_parallel_plan,
+        tied=spec.tied_parameters(config.model),
+        batch_keys=spec.batch_keys,
+        pad_id=pad_id,
+    )

@@ -35,6 +35,7 @@ from biokit.data.micro_batches import count_tokens, own_micro_batches
 from biokit.data.molecules import MoleculeLoader, open_part
 from biokit.errors import CheckpointError, ConfigError, DataError, EngineError, RunError
 from biokit.generate import sample_molecules
+from biokit.layouts import model_parts
 from biokit.models import find_model
 from biokit.models.molbart import MolBART
 from biokit.parallel.deepspeed_config import effective_config, read_user_config
@@ -290,7 +291,8 @@ class Trainer:
     def _check_fits(self, path: Path, saved: Checkpoint) -> None:
         asked = f"resume from {path}"
         for key, what in (("vocab_hash", "another vocabulary"), ("data_hash", "other molecules")):
-            if saved.manifest.get(key) != self.checkpoint_manifest[key]:
+            unknown = key == "data_hash" and saved.manifest.get(key) == ""  # another program's checkpoint
+            if not unknown and saved.manifest.get(key) != self.checkpoint_manifest[key]:
                 raise CheckpointError(
                     asked, f"it was made with {what}", "Give the run its own data, or another run_dir"
                 )
@@ -308,7 +310,8 @@ class Trainer:
         if step > wanted:
             raise ConfigError(asked, f"it is at step {step}, beyond train.train_iters={wanted}", "Raise train_iters")
         check_tensors(path, saved.model.forms(), self.strategy.template)
-        check_tensors(path, saved.optimizer.forms(), self.strategy.optimizer_template())
+        if len(saved.optimizer):  # one of weights only starts with fresh moments
+            check_tensors(path, saved.optimizer.forms(), self.strategy.optimizer_template())
 
     def _own_micro_batches(self, batch: Mapping[str, np.ndarray]) -> tuple[list[dict[str, torch.Tensor]], range]:
         """This data rank's micro-batches and their numbers in the global batch; as many on every rank."""
@@ -325,18 +328,9 @@ class Trainer:
         return MoleculeLoader(store, molecules, self.tokenizer, self.config.data, self.config.seed, size, share)
 
     def _model_parts(self) -> ModelParts:
-        config, spec = self.config, self.spec
-        sizes = (config.model, self.tokenizer.vocab_size, config.data.max_length, config.seed)
-        parts = ModelParts(
-            layers=spec.layers(*sizes),
-            build=partial(spec.build, *sizes),
-            plan=spec.tensor_parallel_plan,
-            tied=spec.tied_parameters(config.model),
-            batch_keys=spec.batch_keys,
-            pad_id=self.tokenizer.pad_id,
-        )
+        parts = model_parts(self.config, self.tokenizer.vocab_size, self.tokenizer.pad_id)
         if self.starts_from_layers:
-            return load_layers(parts, Path(config.load), vocabulary_hash=self.tokenizer.hash)
+            return load_layers(parts, Path(self.config.load), vocabulary_hash=self.tokenizer.hash)
         return parts
 
     def _manifest(self, status: str) -> dict[str, Any]:

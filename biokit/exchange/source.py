@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ import torch
 
 from biokit.config import RunConfig
 from biokit.errors import CheckpointError
+from biokit.layouts import model_parts
 from biokit.models import find_model
 from biokit.models.spec import ModelSpec
 from biokit.parallel.cuts import WHOLE, Cut, cut_tensor, find_cut, join_tensors
-from biokit.parallel.grid import balance_layers
 from biokit.parallel.strategy import MOMENTS, ModelParts
 
 WEIGHT = "weight"
@@ -66,12 +66,7 @@ class Blueprint:
     @cached_property
     def parts(self) -> ModelParts:
         """What a strategy would get."""
-        spec, config = self.spec, self.config
-        sizes = (config.model, self.vocab_size, config.data.max_length, config.seed)
-        tied = spec.tied_parameters(config.model)
-        return ModelParts(
-            spec.layers(*sizes), partial(spec.build, *sizes), spec.tensor_parallel_plan, tied, spec.batch_keys, pad_id=0
-        )
+        return model_parts(self.config, self.vocab_size, pad_id=0)
 
     @cached_property
     def template(self) -> dict[str, torch.Tensor]:
@@ -92,8 +87,8 @@ class Blueprint:
             ConfigError: more stages than layers.
         """
         layers = list(self.layers.values())
-        bounds = balance_layers([sum(self.template[name].numel() for name in names) for names in layers], num_stages)
-        return [[name for names in layers[start:end] for name in names] for start, end in itertools.pairwise(bounds)]
+        bounds = itertools.pairwise(self.parts.stage_bounds(num_stages))
+        return [[name for names in layers[start:end] for name in names] for start, end in bounds]
 
     def cut(self, kind: str, name: str) -> Cut:
         """How tensor parallelism cuts a parameter or its moment."""

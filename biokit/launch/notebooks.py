@@ -112,4 +112,5 @@ def _check_parameters(notebook: Path, values: Mapping[str, Any]) -> None:
 
 def _is_internal(path: Path, root: Path) -> bool:
     parts = path.relative_to(root).parts
-    return any(part.startswith(".") for part in parts) or parts[0] in ("data", "checkpoints", "tensorboard", "logs")
+    folders = {"data", "checkpoints", "tensorboard", "logs"}
+    return any(part.startswith(".") or part in folders for part in parts)

@@ -25,7 +25,7 @@ from biokit.config import ParallelConfig, RunConfig, TrainConfig
 from biokit.errors import ConfigError
 from biokit.parallel.deepspeed_config import effective_config
 from biokit.parallel.folding import autocast, build_optimizer, checkpoint_layer, fold_layers, move_batch, token_loss
-from biokit.parallel.grid import ZERO_STAGE, Layout, balance_layers
+from biokit.parallel.grid import ZERO_STAGE, Layout
 from biokit.parallel.processes import Processes
 from biokit.parallel.strategy import ModelParts, StepResult, TokenSums
 from biokit.parallel.zero import LossScale, Zero, start_deepspeed
@@ -105,7 +105,7 @@ class Staged(Zero):
     def __init__(self, parts: ModelParts, config: RunConfig, layout: Layout, processes: Processes) -> None:
         self.layout, self.processes, self.config, self.parts = layout, processes, config.train, parts
         self.stage, self.plan, self.template = ZERO_STAGE[layout.strategy], parts.plan, parts.template()
-        self.bounds = balance_layers(_count_parameters(parts, self.template), layout.pipeline)
+        self.bounds = parts.stage_bounds(layout.pipeline)
         settings = effective_config(config, layout)
         deepspeed = start_deepspeed(processes.device)
         self.tools, self.loaded_step = deepspeed.utils, None
@@ -261,8 +261,3 @@ class Staged(Zero):
         names = [layer for layer, _ in self.parts.layers]
         position = next(i for i, layer in enumerate(names) if name.startswith(f"{layer}."))
         return bisect.bisect_right(self.bounds, position) - 1, position
-
-
-def _count_parameters(parts: ModelParts, template: Mapping[str, torch.Tensor]) -> list[int]:
-    sizes = {name: weight.numel() for name, weight in template.items()}
-    return [sum(size for name, size in sizes.items() if name.startswith(f"{layer}.")) for layer, _ in parts.layers]

@@ -16,7 +16,7 @@ from torch import nn
 
 from biokit.config import RunConfig, TrainConfig
 from biokit.parallel.cuts import WHOLE, Cut, cut_tensor, find_cut, join_tensors
-from biokit.parallel.grid import Layout, Place
+from biokit.parallel.grid import Layout, Place, balance_layers
 from biokit.parallel.processes import Processes
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW
@@ -74,6 +74,16 @@ class ModelParts:
     def build_untrained(self) -> nn.Module:
         """The whole model, to be filled; reads no file."""
         return (self.untrained or self.build)()
+
+    def stage_bounds(self, num_stages: int) -> list[int]:
+        """Positions of the layers at which pipeline stages begin, and the end; the dearest stage is as cheap as can be.
+
+        Raises:
+            ConfigError: more stages than layers.
+        """
+        sizes = {name: weight.numel() for name, weight in self.template().items()}
+        costs = [sum(n for name, n in sizes.items() if name.startswith(f"{layer}.")) for layer, _ in self.layers]
+        return balance_layers(costs, num_stages)
 
     def template(self) -> dict[str, torch.Tensor]:
         """Every parameter of the whole model by name, in order, without storage; tied ones once."""
