@@ -5,10 +5,23 @@ from pathlib import Path
 
 import pytest
 
+from biokit.config import ModelConfig
 from biokit.errors import EngineError
+from biokit.parallel.grid import Layout
 from tests.bench import __main__ as bench
-from tests.bench import batches, corpora, padding, random_smiles, timing, tokenising, training_step
-from tests.bench.timing import NOT_MEASURED, Rates, Row, compare
+from tests.bench import (
+    batches,
+    checkpoints,
+    corpora,
+    memory,
+    padding,
+    random_smiles,
+    strategies,
+    timing,
+    tokenising,
+    training_step,
+)
+from tests.bench.timing import NOT_MEASURED, Rates, Row, compare, compare_times
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed: `make bench` installs it"
@@ -67,6 +80,13 @@ def test_rows_say_whether_the_median_reaches_the_target():
     assert str(slow).count("|") == str(Row("what", "peer")).count("|") == NUM_COLUMNS
 
 
+def test_times_are_compared_pair_by_pair():
+    row = compare_times("step", "peer", [0.11, 0.4, 0.2], [0.1, 0.2, 0.25], target=1.1)
+    assert str(row) == "| step | peer | 200.0 ms | 200.0 ms | 1.10x | 0.80 - 2.00 | at most 1.10x | yes |"
+    assert compare_times("step", "peer", [0.112], [0.1], target=1.1).met is False
+    assert compare_times("step", "peer", [0.112], [0.1]).met is None
+
+
 @pytest.mark.parametrize("module", [tokenising, random_smiles, padding], ids=lambda module: module.__name__)
 def test_a_tiny_run(module):
     settings = {"limit": 300, "epochs": 1, "aug_limit": 100} if module is padding else {"limit": 50, "rounds": 1}
@@ -84,6 +104,39 @@ def test_a_tiny_run_of_training(precision, monkeypatch):
     monkeypatch.setattr(training_step, "SIZES", SIZES)
     monkeypatch.setattr(training_step, "STEPS", 1)
     check_rows(training_step.measure(precision, rounds=1))
+
+
+def layouts(module, once):
+    """Those in `once` also in `make test`, the others where all tests of this file run."""
+    return [
+        pytest.param(layout, id=str(layout), marks=() if str(layout) in once else (pytest.mark.full,))
+        for layout in module.LAYOUTS
+    ]
+
+
+@pytest.mark.parametrize("layout", layouts(strategies, ("DDP x dp2", "Zero1 x dp2", "ThreeD x tp2")))
+def test_a_tiny_run_of_a_strategy(layout):
+    check_rows(strategies.measure(layout, pairs=1, model=ModelConfig(**SIZES)))
+
+
+def test_a_tiny_run_of_checkpoints():
+    check_rows(checkpoints.measure(ModelConfig(**SIZES), rounds=1))
+    check_rows(checkpoints.measure_gathering(Layout("Zero1", data=2), ModelConfig(**SIZES), rounds=1))
+
+
+@pytest.mark.parametrize("layout", layouts(memory, ("DDP x dp2", "Zero3 x dp2", "Pipeline x pp2")))
+def test_every_byte_of_memory_is_accounted_for(layout):
+    rows = memory.measure(layout)
+    check_rows(rows)
+    assert all(row.met for row in rows), "\n".join(map(str, rows))
+
+
+def test_the_formula_of_memory():
+    """16 bytes a parameter, cut as ZeRO says; 12 when the gradients are gone."""
+    names = ("Single", "DDP", "Zero1", "Zero2", "Zero3", "Pipeline")
+    found = [memory.formula(Layout(name, data=4), 100, True) for name in names]
+    assert found == [1600, 1600, 1000, 700, 400, 1000]
+    assert [memory.formula(Layout(name, data=4), 100, False) for name in names] == [1200, 1200, 600, 600, 300, 600]
 
 
 SIZES = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 64}
@@ -134,5 +187,5 @@ def test_an_unknown_benchmark_is_refused(capsys):
 
 def test_every_benchmark_is_run():
     folder = Path(bench.__file__).parent
-    helpers = {"__init__", "__main__", "timing", "corpora"}
+    helpers = {"__init__", "__main__", "timing", "corpora", "rigs", "bare"}
     assert {path.stem for path in folder.glob("*.py")} - helpers == set(bench.NAMES)

@@ -241,5 +241,7 @@ def test_nvme_offload_names_the_folder(tmp_path: Path) -> None:
     config = configure(strategy="ZeroInf")
     config.parallel.offload_device, config.parallel.offload_dir = "nvme", str(tmp_path)
     group = effective_config(config, LAYOUTS[3])["zero_optimization"]
-    assert group["offload_param"] == {"device": "nvme", "pin_memory": False, "nvme_path": str(tmp_path)}
+    place = {"device": "nvme", "pin_memory": False, "nvme_path": str(tmp_path)}
+    assert group["offload_param"] == {**place, "buffer_size": 50_000_000}  # the default reserves 2 GB
+    assert group["offload_optimizer"] == place
     assert group["offload_optimizer"] is not group["offload_param"]

@@ -173,3 +173,22 @@ def test_a_device_that_is_not_there(environment):
         join_processes(torch.device("cuda"), TIMEOUT_S, needs_group=False),
     ):
         pass
+
+
+def join_often(ports):
+    """A group of its own each time, with a model whose copies are let go right after the last sum."""
+    for port in ports:
+        os.environ["MASTER_PORT"] = str(port)
+        _join_and_sum()
+    return len(ports)
+
+
+def _join_and_sum():
+    model = torch.nn.Linear(300, 300)
+    with join() as processes:
+        copies = torch.nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
+        return [processes.sum([1.0]) for _ in range(3)], copies
+
+
+def test_groups_end_while_their_threads_still_let_tensors_go():
+    assert ranks(2).run(join_often, [free_port() for _ in range(25)]) == [25, 25]

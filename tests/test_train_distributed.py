@@ -9,6 +9,7 @@ import pytest
 from biokit.checkpoint import load_checkpoint, newest_checkpoint
 from biokit.config import config_from_dict, config_to_dict
 from biokit.errors import BiokitError, ConfigError
+from biokit.exchange.layers import split_layers
 from biokit.layouts import find_layout
 from biokit.runs import RunFolder
 from biokit.train import train
@@ -133,6 +134,47 @@ def test_a_failing_main_process_ends_the_others(single, tmp_path):
             tree(config, run_dir=str(tmp_path / "bad"), strategy="DDP", data__dataset_path=str(tmp_path / "no.csv")),
         )
     assert "no.csv" in str(failed.value.errors[0]) and "rank 0" in str(failed.value.errors[1])
+
+
+def test_a_run_starts_from_layer_files(single, tmp_path):
+    config = single[1]
+    split_layers(RunFolder(config.run_dir).checkpoint_dir(4), tmp_path / "layers")
+    fresh = {"load": str(tmp_path / "layers"), "train__train_iters": 2}
+    train(config_from_dict(tree(config, run_dir=str(tmp_path / "one"), **fresh)))
+    ranks(2).run(run_training, tree(config, run_dir=str(tmp_path / "two"), strategy="Pipeline", **fresh))
+    assert near(losses(tmp_path / "two"), losses(tmp_path / "one"))
+    assert (
+        losses(tmp_path / "one")[0] < losses(config.run_dir)[0] - 0.1
+    )  # the first batch, after four steps of training
+    (tmp_path / "layers" / "model.layers.1.safetensors").unlink()
+    with pytest.raises(BiokitError, match=r"model\.layers\.1"):
+        train(config_from_dict(tree(config, run_dir=str(tmp_path / "three"), **fresh)))
+    train(config_from_dict(tree(config, run_dir=str(tmp_path / "one"), load=fresh["load"], train__train_iters=3)))
+
+
+def test_single_to_three_d_and_back(single, tmp_path):
+    config = single[1]
+    sizes = {"parallel__tensor_model_parallel_size": 2, "parallel__pipeline_model_parallel_size": 2}
+    whole = tree(config, run_dir=str(tmp_path / "run"), model__dropout=0.0, train__eval_interval=2)
+    for steps, strategy in ((2, "Single"), (4, "ThreeD"), (6, "Single")):
+        made = {
+            **whole,
+            "strategy": strategy,
+            "train": {**whole["train"], "train_iters": steps, "lr_schedule": "constant"},
+        }
+        if strategy == "ThreeD":
+            made["parallel"] = {**whole["parallel"], **{key.rpartition("__")[2]: n for key, n in sizes.items()}}
+            ranks(4).run(run_training, made)
+        else:
+            train(config_from_dict(made))
+    expected = {**whole, "train": {**whole["train"], "lr_schedule": "constant"}, "run_dir": str(tmp_path / "constant")}
+    train(config_from_dict(expected))
+    assert near(losses(tmp_path / "run"), losses(tmp_path / "constant"))
+    layouts = [
+        load_checkpoint(RunFolder(tmp_path / "run").checkpoint_dir(step)).manifest["layout"]["strategy"]
+        for step in (2, 4, 6)
+    ]
+    assert layouts == ["Single", "ThreeD", "Single"]
 
 
 @pytest.mark.parametrize(

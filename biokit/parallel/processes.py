@@ -22,6 +22,9 @@ from biokit.errors import BiokitError, EngineError, RunError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 WAIT_S = 0.05
+# gloo groups of the last run. A group that goes while one of its threads still lets a tensor go waits for that thread,
+# which waits for Python's lock: so they stay until the next run, when their threads have long been idle.
+_ended_groups: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,7 @@ def join_processes(device: torch.device, timeout_s: float, needs_group: bool) ->
         yield Processes(rank, world_size, device, group, dist.PrefixStore("biokit", store))
         dist.barrier(group=group)  # without it ranks that end early take their peers with them
     finally:
+        _ended_groups[:] = [group]
         dist.destroy_process_group()
 
 

@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from biokit.models.molbart import MolBART
 from biokit.parallel.cuts import find_word, padded_size
 from biokit.parallel.deepspeed_config import effective_config
 from biokit.parallel.strategy import ModelParts
-from tests.bench.rigs import PAD, Batch, Micros, Rig
+from tests.bench.rigs import PAD, Micros, Rig
 
 Step = Callable[[Micros], object]
 

@@ -10,8 +10,9 @@ What an engine keeps beyond that is known too, and a measurement must agree with
 - DDP keeps the gradients' bucket between steps.
 - ZeRO trains a copy of its part of the weights, also of fp32 weights. Stages 1 and 2 let go of other ranks'
   gradients before the update, but flatten their own into a second copy.
+- A pipeline keeps its last micro-batches' activations; they are left out of account, and small beside the model.
 - ZeRO-3 keeps its gradients and a bucket of `reduce_bucket_size` elements for ever, and holds parameters of fewer than
-  100,000 elements whole between steps; gradients are copied for the update.
+  100,000 elements whole between steps; gradients are copied for the update, and with offload the copy stays.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ import torch
 
 from biokit.config import ModelConfig
 from biokit.parallel.cuts import cut_tensor
-from biokit.parallel.deepspeed_config import BUCKET_SIZE
 from biokit.parallel.grid import ZERO_STAGE, Layout
 from biokit.parallel.strategy import Strategy
 from tests.bench.rigs import Arrays, Rig, read_batches, share, start
@@ -51,7 +51,7 @@ PERSISTENT = 100_000  # elements below which ZeRO-3 keeps a parameter whole: Dee
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes on a rank at one instant: measured, by the formula, and what the engine is known to keep beyond it."""
+    """Bytes on a rank at one instant: measured, by the formula, and what is known to be there beyond it."""
 
     measured: int
     formula: int
@@ -78,17 +78,23 @@ def formula(layout: Layout, num_parameters: int, in_update: bool) -> float:
     return num_parameters * (4 / weights + (4 / gradients if in_update else 0) + 8 / moments)
 
 
-def beyond_formula(layout: Layout, shapes: Sequence[int], in_update: bool) -> float:
-    """Bytes that the engine keeps beyond `formula` (see above), of parameters of so many elements each."""
-    count, data = sum(shapes), layout.data
+def beyond_formula(layout: Layout, counts: Sequence[int], bucket_size: int, in_update: bool) -> float:
+    """Bytes that the engine keeps beyond `formula` (see above), for parameters of so many elements each.
+
+    Args:
+        bucket_size: elements of ZeRO-3's bucket.
+    """
+    count, data = sum(counts), layout.data
     if layout.strategy in ("Single", "DDP"):
         return 4 * count if layout.strategy == "DDP" and not in_update else 0
     copy = 4 * count / data
     if ZERO_STAGE[layout.strategy] < 3:
         gradients = 8 * count / data - (4 * count if ZERO_STAGE[layout.strategy] == 1 else copy) if in_update else 0
         return copy + gradients
-    persistent = 4 * sum(size for size in shapes if size < PERSISTENT)
-    return copy + 4 * BUCKET_SIZE + copy + (0 if in_update else persistent)
+    kept = 4 * bucket_size + copy
+    if not in_update:
+        kept += 4 * sum(size for size in counts if size < PERSISTENT) + (copy if layout.strategy == "ZeroInf" else 0)
+    return copy + kept
 
 
 def _row(layout: Layout, instant: int, sizes: Sizes) -> Row:
@@ -115,13 +121,22 @@ def _weigh(rig: Rig, batches: Sequence[Arrays]) -> list[Sizes]:
             in_update.clear()
             strategy.train_batch(batch.micros, batch.num_valid, batch.seeds, rig.config.train.lr)
         measured = max(in_update), _live_bytes() - before
-        counts = _own_counts(strategy)
+        counts, bucket_size = _own_counts(strategy), _bucket_size(strategy)
         rest = sum(buffer.nbytes for buffer in strategy.model.buffers())
         rest += sum(ids.nbytes for batch in shares for micro in batch.micros for ids in micro.values())
     return [
-        Sizes(size, round(formula(rig.layout, sum(counts), now)), rest + round(beyond_formula(rig.layout, counts, now)))
+        Sizes(
+            measured=size,
+            formula=round(formula(rig.layout, sum(counts), now)),
+            beyond=rest + round(beyond_formula(rig.layout, counts, bucket_size, now)),
+        )
         for size, now in zip(measured, (True, False), strict=True)
     ]
+
+
+def _bucket_size(strategy: Strategy) -> int:
+    engine = getattr(strategy, "engine", None)
+    return engine.optimizer.reduce_bucket_size if engine else 0
 
 
 def _own_counts(strategy: Strategy) -> list[int]:

@@ -45,11 +45,17 @@ class Rig:
     def config(self) -> RunConfig:
         """The run's configuration: fp32, clipping at 1, on the CPU."""
         tensor, pipeline = self.layout.tensor, self.layout.pipeline
-        sizes = {"micro_batch_size": self.micro_batch_size, "global_batch_size": self.global_batch_size}
+        train = TrainConfig(
+            device="cpu",
+            micro_batch_size=self.micro_batch_size,
+            global_batch_size=self.global_batch_size,
+            clip_grad=1.0,
+            lr=1e-4,
+        )
         return RunConfig(
             strategy=self.layout.strategy,
             model=self.model,
-            train=TrainConfig(device="cpu", clip_grad=1.0, lr=1e-4, **sizes),
+            train=train,
             parallel=ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline),
         )
 

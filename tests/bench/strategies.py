@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import gc
 import itertools
-import statistics
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch.distributed as dist
 
 from biokit.config import ModelConfig
 from biokit.parallel.grid import Layout
 from tests.bench.bare import start_bare
 from tests.bench.rigs import Arrays, Rig, read_batches, share, start
-from tests.bench.timing import Row
+from tests.bench.timing import Row, compare_times
 from tests.distributed import Ranks
 
 LAYOUTS = {
@@ -38,39 +38,23 @@ WARM_UP, TARGET = 2, 1.10
 Pair = tuple[tuple[float, float], tuple[float, float]]  # (wall, CPU) seconds a step of ours, of the peer
 
 
-def measure(layout: Layout, pairs: int = 15, steps: int = 2, model: ModelConfig = MODEL) -> list[Row]:
+def measure(layout: Layout, pairs: int = 15, steps: int = 1, model: ModelConfig = MODEL) -> list[Row]:
     """Two rows, wall and CPU time of a step; a pair is `steps` steps of each."""
     rig = Rig(layout, model, MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE)
     batches = read_batches(GLOBAL_BATCH_SIZE, NUM_BATCHES)
     with Ranks(layout.world_size, timeout_s=600.0) as ranks:
         by_rank: list[list[Pair]] = ranks.run(_time_pairs, rig, batches, pairs, steps)
-    rows = []
-    for index, (kind, combine) in enumerate((("wall", max), ("CPU", sum))):
-        ours, theirs = (
-            [combine(pair[who][index] for pair in across) for across in zip(*by_rank, strict=True)] for who in (0, 1)
-        )
-        rows.append(_row(f"step of {layout}, {kind} time", LAYOUTS[layout], ours, theirs))
-    return rows
+    seconds = np.array(by_rank)  # rank, pair, ours or the peer's, wall or CPU
+    kinds = {"wall": seconds[..., 0].max(axis=0), "CPU": seconds[..., 1].sum(axis=0)}
+    return [
+        compare_times(f"step of {layout}, {kind} time", LAYOUTS[layout], ours, theirs, TARGET)
+        for kind, found in kinds.items()
+        for ours, theirs in [found.T.tolist()]
+    ]
 
 
 def measure_all() -> list[Row]:
     return [row for layout in LAYOUTS for row in measure(layout)]
-
-
-def _row(what: str, peer: str, ours: Sequence[float], theirs: Sequence[float]) -> Row:
-    """Overhead is our time over the peer's, pair by pair."""
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    median = statistics.median(ratios)
-    return Row(
-        what=what,
-        peer=peer,
-        ours=f"{1e3 * statistics.median(ours):,.1f} ms",
-        theirs=f"{1e3 * statistics.median(theirs):,.1f} ms",
-        ratio=f"{median:.3f}x",
-        spread=f"{min(ratios):.2f} - {max(ratios):.2f}",
-        target=f"at most {TARGET:.2f}x",
-        met=median <= TARGET,
-    )
 
 
 def _time_pairs(rig: Rig, batches: Sequence[Arrays], pairs: int, steps: int) -> list[Pair]:

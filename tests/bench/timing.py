@@ -1,6 +1,7 @@
 """Interleaved measurement: every contender runs a slice in turn, so that a noisy machine troubles all alike.
 
-Time is the CPU time of this process, all its threads: contenders must not start processes.
+Rates are per CPU-second of this process, all its threads: contenders must not start processes. Times of work on
+several processes or on a disk are taken by the benchmark itself, and compared here.
 """
 
 from __future__ import annotations
@@ -8,11 +9,11 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 HEADER = (
-    "| what | peer | ours per CPU-second | peer per CPU-second | ratio (median) | over rounds | target | met |\n"
+    "| what | peer | ours | the peer's | ratio (median) | over rounds | target | met |\n"
     "|---|---|---|---|---|---|---|---|"
 )
 NOT_MEASURED = "not measured: BIOKIT_REAL_DATA is not set"
@@ -63,6 +64,24 @@ class Rates:
             target="-" if target is None else f"at least {target:g}x",
             met=None if target is None else median >= target,
         )
+
+
+def compare_times(
+    what: str, peer: str, ours_s: Sequence[float], theirs_s: Sequence[float], target: float | None = None
+) -> Row:
+    """A row of times, ours over the peer's, pair by pair; `target` is the greatest ratio, where there is one."""
+    ratios = [a / b for a, b in zip(ours_s, theirs_s, strict=True)]
+    median = statistics.median(ratios)
+    return Row(
+        what=what,
+        peer=peer,
+        ours=f"{1e3 * statistics.median(ours_s):,.1f} ms",
+        theirs=f"{1e3 * statistics.median(theirs_s):,.1f} ms",
+        ratio=f"{median:.2f}x",
+        spread=f"{min(ratios):.2f} - {max(ratios):.2f}",
+        target="-" if target is None else f"at most {target:.2f}x",
+        met=None if target is None else median <= target,
+    )
 
 
 def compare(contenders: Mapping[str, Callable[[], int]], unit: str, rounds: int = 5) -> Rates:
