@@ -223,7 +223,7 @@ def test_a_notebook_is_told_how_far_it_is_and_an_interrupt_ends_all(
     del caught  # it held the run, as a notebook holds its last traceback: only an end that was asked for is an end
     assert RunFolder(config.run_dir).read_manifest()["status"] == "stopped"
     assert RunFolder(config.run_dir).checkpoint_steps()
-    assert "2 processes are starting: 0 s" in capsys.readouterr().out
+    assert "   0 s  starting 2 processes\n" in capsys.readouterr().out
 
 
 def test_a_failing_rank_says_its_last_lines(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:

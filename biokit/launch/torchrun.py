@@ -207,10 +207,11 @@ def _watch(run: BackgroundRun, num_processes: int, timeout_s: float) -> None:
 
 def _progress(run: BackgroundRun, num_processes: int) -> str:
     lines = [line for line in run.folder.read_metrics() if line["time"] >= run.started]
+    elapsed = f"{time.time() - run.started:4.0f} s  "
     if not lines:
-        return f"{num_processes} processes are starting: {time.time() - run.started:.0f} s"
+        return f"{elapsed}starting {num_processes} process{'es' if num_processes > 1 else ''}"
     last = lines[-1]
-    return f"step {last['step']}: loss {last['loss']:.4f}, {last['tokens_per_s']:,.0f} tokens/s"
+    return f"{elapsed}step {last['step']}: loss {last['loss']:.4f}, {last['tokens_per_s']:,.0f} tokens/s"
 
 
 def _explain(run: BackgroundRun, output_dir: Path) -> str:
