@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ Step = Callable[[Micros], object]
 
 
 @contextlib.contextmanager
-def start_bare(rig: Rig) -> Any:
+def start_bare(rig: Rig) -> Iterator[Step]:
     """A function that does one step on a rank's micro-batches; the rig's strategy must have been started before it.
 
     Both live in one process group, and DeepSpeed's and Megatron's groups are global.
