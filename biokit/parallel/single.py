@@ -167,6 +167,19 @@ class DDP(Single):
             self.fold, forward_sync_buffers=False, gradient_as_bucket_view=True
         )
         self.fold = self.copies
+        self.buckets_settled = False
+
+    def train_batch(
+        self, micro_batches: Sequence[Mapping[str, torch.Tensor]], num_valid: int, seeds: Sequence[int], lr: float
+    ) -> StepResult:
+        """One update over a global batch; see `Strategy.train_batch`."""
+        if not self.buckets_settled:
+            # torch deals the gradients to other buckets after the first backward pass, and their sums round otherwise
+            # in the last bit: a pass that counts for nothing, so that a run that goes on does not differ from another
+            self.backward(micro_batches[0], 0.0, seeds[0])
+            self.optimizer.zero_grad(set_to_none=True)
+            self.buckets_settled = True
+        return super().train_batch(micro_batches, num_valid, seeds, lr)
 
     def _gradients_travel(self, now: bool) -> AbstractContextManager[Any]:
         return nullcontext() if now else self.copies.no_sync()
