@@ -8,14 +8,16 @@ tensor is used. Tensors are those of the whole model, whatever the layout that w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from biokit.config import config_from_dict
-from biokit.errors import CheckpointError
+from biokit.errors import CheckpointError, list_faults
 from biokit.models import build_model
+from biokit.parallel.cuts import describe_form
 from biokit.runs import RunFolder, describe_file, flush_to_disk
 from biokit.tokenizers import SmilesTokenizer
 
@@ -143,17 +146,26 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, "checkpoint") if beside else None
         self._writing: Future[None] | None = None
 
-    def write(self, step: int, *state: Any) -> None:
-        """Write one checkpoint (arguments of `save_checkpoint` after `step`, tensors that nobody changes any more).
+    def write(
+        self,
+        step: int,
+        model: Mapping[str, torch.Tensor],
+        optimizer: Mapping[str, torch.Tensor],
+        state: Mapping[str, Any],
+        about: Mapping[str, Any],
+        vocabulary: str,
+    ) -> None:
+        """Write one checkpoint, see `save_checkpoint`; nobody may change its tensors any more.
 
         Raises:
             CheckpointError: this one, or the one that was being written, cannot be written.
         """
         self.wait()
+        write = partial(save_checkpoint, self.folder, step, model, optimizer, state, about, vocabulary)
         if self._thread is None:
-            self._write(step, *state)
+            self._write(write)
         else:
-            self._writing = self._thread.submit(self._write, step, *state)
+            self._writing = self._thread.submit(self._write, write)
 
     def wait(self) -> None:
         """Wait until nothing is being written.
@@ -173,8 +185,8 @@ class CheckpointWriter:
             if self._thread is not None:
                 self._thread.shutdown()
 
-    def _write(self, step: int, *state: Any) -> None:
-        save_checkpoint(self.folder, step, *state)
+    def _write(self, write: Callable[[], Path]) -> None:
+        write()
         remove_surplus(self.folder, self.keep_last, self.keep_best, self.best_metric)
 
 
@@ -188,7 +200,7 @@ def remove_surplus(folder: RunFolder, keep_last: int, keep_best: int, metric: st
         return []
     kept = set(steps[-max(1, keep_last) :])
     if keep_best:
-        values = {step: read_manifest(folder.checkpoint_dir(step)).get("metrics", {}).get(metric) for step in steps}
+        values = {step: _noted_metric(folder.checkpoint_dir(step), metric) for step in steps}
         sign = 1 if metric.endswith("loss") else -1
         known = [(sign * value, -step) for step, value in values.items() if value is not None]
         kept |= {-step for _, step in sorted(known)[:keep_best]}
@@ -197,8 +209,15 @@ def remove_surplus(folder: RunFolder, keep_last: int, keep_best: int, metric: st
         path = folder.checkpoint_dir(step)
         doomed = path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}")
         path.rename(doomed)  # under its own name a checkpoint is whole or not there
-        shutil.rmtree(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)  # what is left of it goes when the run is started again
     return surplus
+
+
+def _noted_metric(path: Path, metric: str) -> float | None:
+    """A checkpoint's value of a metric; None where it has none, or cannot be read."""
+    with contextlib.suppress(CheckpointError):
+        return read_manifest(path).get("metrics", {}).get(metric)
+    return None
 
 
 def load_checkpoint(path: Path, check: bool = True) -> Checkpoint:
@@ -316,21 +335,16 @@ def check_tensors(path: Path, found: Mapping[str, torch.Tensor], expected: Mappi
     faults = [f"missing {name}" for name in expected if name not in found]
     faults += [f"extra {name}" for name in found if name not in expected]
     faults += [
-        f"{name} is {_form(found[name])} instead of {_form(tensor)}"
+        f"{name} is {describe_form(found[name])} instead of {describe_form(tensor)}"
         for name, tensor in expected.items()
-        if name in found and _form(found[name]) != _form(tensor)
+        if name in found and describe_form(found[name]) != describe_form(tensor)
     ]
     if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise CheckpointError(
             f"checkpoint {path}",
-            f"its tensors do not fit the model: {'; '.join(faults[:5])}{more}",
+            f"its tensors do not fit the model: {list_faults(faults)}",
             "Use the configuration that the checkpoint was made with (its manifest holds it)",
         )
-
-
-def _form(tensor: torch.Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _entry_or_none(path: Path) -> dict[str, Any] | None:

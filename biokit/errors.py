@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class BiokitError(Exception):
     """An error that a user can mend. `asked` names the request, `found` the obstacle, `do` the way out."""
@@ -40,3 +42,8 @@ class EngineError(BiokitError):
 
 class RunError(BiokitError):
     """A run folder that cannot be used as asked."""
+
+
+def list_faults(faults: Sequence[str], most: int = 5) -> str:
+    """The first few of them, and how many more there are."""
+    return "; ".join(faults[:most]) + (f" and {len(faults) - most} more" if len(faults) > most else "")

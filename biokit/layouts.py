@@ -5,9 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 from biokit.config import RunConfig
-from biokit.errors import ConfigError
 from biokit.models import find_model
-from biokit.parallel.grid import Layout, plan_layout
+from biokit.parallel.grid import Layout, check_sequence_parallel, plan_layout
 from biokit.parallel.strategy import ModelParts
 from biokit.process import choose_device
 
@@ -22,9 +21,8 @@ def find_layout(config: RunConfig, world_size: int) -> Layout:
     sizes = spec.resolve(config.model)
     num_layers = len(spec.layers(config.model, 1, config.data.max_length))
     layout = plan_layout(config, world_size, {name: sizes[name] for name in spec.divided}, num_layers)
-    if config.parallel.sequence_parallel and choose_device(config.train.device).type != "cuda":
-        found = "Megatron-core places its buffers on the current CUDA device"
-        raise ConfigError("parallel.sequence_parallel=True on the CPU", found, "Give sequence_parallel=False")
+    if config.parallel.sequence_parallel:
+        check_sequence_parallel(choose_device(config.train.device).type)
     return layout
 
 

@@ -131,7 +131,8 @@ class RunFolder:
         """Small files that a killed process was writing."""
         for folder in (self.path, self.metrics_file().parent):
             for path in folder.glob(f".*{LEFTOVER}"):
-                path.unlink()
+                if path.is_file():  # a folder is a data set half made: who makes it anew removes it
+                    path.unlink(missing_ok=True)
 
     def write_config(self, text: str) -> None:
         """Replace `config.yaml`."""

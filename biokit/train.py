@@ -1,7 +1,7 @@
 """Training: `train(config)`, the same call in a notebook, on the command line and in every process of a job.
 
 It preprocesses what is not yet preprocessed, goes on from the newest checkpoint of the run folder, and writes metrics,
-checkpoints and the manifest there. Loss curves are bitwise the same however often the run was killed.
+checkpoints and the manifest there. On the CPU loss curves are bitwise the same however often the run was killed.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from biokit.checkpoint import (
-    remove_partial,
-)
+from biokit.checkpoint import remove_partial
 from biokit.config import RunConfig, config_to_yaml
 from biokit.errors import BiokitError
 from biokit.layouts import find_layout
@@ -29,16 +27,17 @@ def train(config: RunConfig) -> dict[str, Any]:
 
     Every process of a run calls it with the same configuration; a process that no launcher started is alone. A STOP
     file in the run folder, SIGTERM and the first SIGINT save a checkpoint at the next step boundary and end with the
-    status `stopped`. The curve is bitwise the same however often the run was killed and started again, with the same
-    layout and number of threads.
+    status `stopped`. On the CPU the curve is bitwise the same however often the run was killed and started again, with
+    the same layout and number of threads.
 
     Raises:
         BiokitError: bad input, an impossible configuration or layout (before any process group exists), a checkpoint
             that does not fit, a loss that is not finite.
     """
-    layout = find_layout(config, count_processes()[1])
-    if layout.tensor > 1:  # Megatron-core overlaps only where kernels start in order; read when CUDA starts
+    if config.parallel.tensor_model_parallel_size > 1:
+        # Megatron-core overlaps only where kernels start in order; read when CUDA starts
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    layout = find_layout(config, count_processes()[1])
     device = choose_device(config.train.device)
     folder = RunFolder(config.run_dir)
     with contextlib.ExitStack() as stack:

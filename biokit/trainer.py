@@ -22,36 +22,29 @@ import torch
 
 from biokit import __version__
 from biokit.checkpoint import (
-    Checkpoint,
     CheckpointWriter,
-    check_tensors,
-    find_checkpoint,
     load_checkpoint,
-    newest_checkpoint,
 )
-from biokit.config import RunConfig, config_from_dict, config_hash, config_to_dict, config_to_yaml
+from biokit.config import RunConfig, config_hash, config_to_dict, config_to_yaml
 from biokit.data.batching import rank_rows
 from biokit.data.micro_batches import count_tokens, own_micro_batches
 from biokit.data.molecules import MoleculeLoader, open_part
-from biokit.errors import CheckpointError, ConfigError, DataError, EngineError, RunError
+from biokit.errors import ConfigError, DataError, EngineError, RunError
 from biokit.generate import sample_molecules
 from biokit.layouts import model_parts
 from biokit.models import find_model
 from biokit.models.molbart import MolBART
 from biokit.parallel.deepspeed_config import effective_config, read_user_config
 from biokit.parallel.grid import ZERO_STAGE, Layout, deal_micro_batches, resolve_strategy
-from biokit.parallel.layer_files import is_layer_folder
 from biokit.parallel.layer_loading import load_layers
 from biokit.parallel.processes import Processes
 from biokit.parallel.strategy import ModelParts, TokenSums, make_strategy
 from biokit.process import deterministic, stop_signals
 from biokit.reporting import ProgressBar, open_tensorboard, progress_bar, write_tensorboard
+from biokit.resume import check_fits, find_start
 from biokit.runs import MetricsWriter, RunFolder
 from biokit.schedules import learning_rate
 from biokit.tokenizers import SmilesTokenizer
-
-FIXED = ("seed", "model.", "data.", "train.global_batch_size")  # a resumed run may not change these,
-FREE = ("data.dataset_path", "data.dataset.", "data.store_dir", "data.num_workers")  # but where its data lie
 
 
 @dataclass
@@ -86,10 +79,13 @@ class Trainer:
         if config.train.eval_molecules and importlib.util.find_spec("rdkit") is None:
             found = "rdkit is not installed, which reads the decoded molecules"
             raise EngineError("train.eval_molecules", found, "Install rdkit, or give train.eval_molecules=0")
+        if config.train.keep_best and config.train.best_metric == "val_exact_match" and not config.train.eval_molecules:
+            found = "train.eval_molecules=0: no molecule would be decoded"
+            raise ConfigError("train.best_metric=val_exact_match", found, "Give train.eval_molecules, e.g. 100")
         if config.train.early_stopping_patience and not len(self.val_loader):
             raise DataError("train.early_stopping_patience", "the val part holds no molecule", "Check data.split")
         self.hidden_size: int = self.spec.resolve(config.model)["hidden_size"]
-        self.starts_from_layers = newest_checkpoint(folder) is None and is_layer_folder(Path(config.load or "-"))
+        self.start = find_start(config, folder, processes)
         self.strategy = make_strategy(self._model_parts(), config, layout, processes)
         self.progress = Progress()
         self.last_line: dict[str, Any] = {}
@@ -100,42 +96,45 @@ class Trainer:
             "data_hash": self.train_loader.store.manifest_hash,
             "layout": layout.as_dict(),
         }
-        self.check_s = 0.0
-        self.resumed_from = self._resume()
+        self.check_s, self.resumed_from, self.saved_step = 0.0, 0, 0
 
     def run(self) -> dict[str, Any]:
         """Train to the end, or until asked to stop; returns the manifest (empty beside the main process)."""
-        config, folder, train = self.config, self.folder, self.config.train
+        with contextlib.closing(self.strategy):
+            self.resumed_from = self.saved_step = self._resume()
+            status = self._run(self.config if self.processes.is_main else without_display(self.config))
+        if not self.processes.is_main:
+            return {}
+        self.folder.clear_stop()
+        return self.folder.update_manifest(**self._manifest(status))
+
+    def _run(self, config: RunConfig) -> str:
+        folder, train = self.folder, config.train
         if self.processes.is_main:
             folder.write_config(config_to_yaml(config))
             self._say_notes()
             if self.layout.strategy in ZERO_STAGE:
                 folder.write_deepspeed_config(effective_config(config, self.layout))
             folder.write_manifest(self._manifest("running"))
-        else:
-            config = replace(config, train=replace(train, progress=False, tensorboard=False))
-        metrics = MetricsWriter(folder, self.processes.rank, resume_step=self.progress.step)
-        self.board = open_tensorboard(config, folder, self.progress.step)
         self.writer = CheckpointWriter(folder, train.async_save, train.keep_last, train.keep_best, train.best_metric)
-        try:
-            with (
-                stop_signals() as signalled,
-                deterministic(self.processes.device),
-                progress_bar(config, self.progress.step) as bar,
-                contextlib.closing(self.writer),
-            ):
-                status = self._loop(metrics, bar, lambda: bool(signalled) or folder.stop_requested())
-                with self.processes.together("the last checkpoint"):
-                    self.writer.wait()
-        finally:
-            metrics.close()
+        with (
+            contextlib.closing(MetricsWriter(folder, self.processes.rank, resume_step=self.progress.step)) as metrics,
+            contextlib.ExitStack() as stack,
+        ):
+            self.board = open_tensorboard(config, folder, self.progress.step)
             if self.board is not None:
-                self.board.close()
-            self.strategy.close()
-        if not self.processes.is_main:
-            return {}
-        folder.clear_stop()
-        return folder.update_manifest(**self._manifest(status))
+                stack.callback(self.board.close)
+            signalled = stack.enter_context(stop_signals())
+            stack.enter_context(deterministic(self.processes.device))
+            bar = stack.enter_context(progress_bar(config, self.progress.step))
+            stack.enter_context(contextlib.closing(self.writer))
+            # one process looks at the file: a shared disk may show the others an old one
+            status = self._loop(
+                metrics, bar, lambda: bool(signalled) or (self.processes.is_main and folder.stop_requested())
+            )
+            with self.processes.together("the last checkpoint"):
+                self.writer.wait()
+        return status
 
     def _say_notes(self) -> None:
         """What runs other than asked: another strategy's name, keys of a ds_config.json that do nothing here."""
@@ -150,15 +149,15 @@ class Trainer:
         with contextlib.closing(self.train_loader.batches(progress.position)) as batches:
             while progress.step < train.train_iters and not self._stopped_early():
                 if self.processes.sum([stopping()])[0]:
-                    if progress.step > self.resumed_from:
+                    if progress.step > self.saved_step:
                         self.save()
                     return "stopped"
                 line = self.last_line = self._train_step(batches)
                 step, last = progress.step, progress.step == train.train_iters
                 if last or (train.eval_interval and step % train.eval_interval == 0):
                     line |= self._evaluate()
-                wanted = train.early_stopping_patience > 0 or train.keep_best > 0
-                best = wanted and line.get("val_loss") == progress.best_val_loss
+                best = train.early_stopping_patience > 0 and line.get("val_loss") == progress.best_val_loss
+                best |= train.keep_best > 0 and "val_loss" in line  # retention ranks those that were evaluated
                 ends = last or self._stopped_early()
                 if ends or step % train.log_interval == 0 or "val_loss" in line:
                     metrics.write(line)
@@ -181,6 +180,8 @@ class Trainer:
         counted = count_tokens(micros, self.tokenizer.pad_id, self.spec.batch_keys)
         first = self.place.tensor == 0 and self.place.pipeline == 0  # every data rank counts once
         num_valid, num_tokens = map(int, self.processes.sum([n if first else 0 for n in counted]))
+        if not num_valid:
+            raise DataError(f"step {step}", "no label of its batch counts", "Look at the molecules of the train part")
         seeds = [(self.config.seed * 1_000_003 + step) * 65_537 + index for index in indices]
         lr = learning_rate(train, step, self.hidden_size)
         done = self.strategy.train_batch(micros, num_valid, seeds, lr)
@@ -259,7 +260,10 @@ class Trainer:
         if math.isinf(self.progress.best_val_loss):
             state["best_val_loss"] = None
         metrics = {key: value for key, value in self.last_line.items() if key.startswith(("val_", "loss"))}
+        with self.processes.together("the checkpoint before this one"):  # memory holds one copy of the state
+            self.writer.wait()
         model, optimizer = self.strategy.model_state(), self.strategy.optimizer_state()
+        self.saved_step = self.progress.step
         with self.processes.together(f"the checkpoint of step {self.progress.step}"):
             if self.processes.is_main:
                 about = {**self.checkpoint_manifest, "metrics": metrics}
@@ -267,60 +271,26 @@ class Trainer:
                 self.writer.write(self.progress.step, model, optimizer, state, about, vocabulary)
 
     def _resume(self) -> int:
-        """Take over the newest checkpoint of the run, else that of `load`; returns its step (0: a fresh run).
-
-        Where `load` is a folder of layer files, the model was built from them, and the run is fresh.
-        """
-        path = newest_checkpoint(self.folder)
-        if path is None and (not self.config.load or self.starts_from_layers):
+        """Take over the checkpoint that the run goes on from; returns its step (0: a fresh run)."""
+        path = self.start.checkpoint
+        if path is None:
             return 0
-        if path is not None and not self.config.resume:
-            raise RunError(
-                f"run {self.folder.path}", "it has checkpoints and resume=false", "Give another run_dir, or resume=true"
-            )
-        path = path or find_checkpoint(Path(self.config.load))
         with self.processes.together(f"checking {path}"):
             saved = load_checkpoint(path, check=self.processes.is_main)
-            self._check_fits(path, saved)
+            check_fits(path, saved, self.config, self.checkpoint_manifest, self.strategy)
         self.check_s = saved.check_s
         self.strategy.load(saved.model, saved.optimizer, saved.state.pop("scaler"))
         best = saved.state.pop("best_val_loss")
         self.progress = Progress(best_val_loss=math.inf if best is None else best, **saved.state)
         return self.progress.step
 
-    def _check_fits(self, path: Path, saved: Checkpoint) -> None:
-        asked = f"resume from {path}"
-        for key, what in (("vocab_hash", "another vocabulary"), ("data_hash", "other molecules")):
-            unknown = key == "data_hash" and saved.manifest.get(key) == ""  # another program's checkpoint
-            if not unknown and saved.manifest.get(key) != self.checkpoint_manifest[key]:
-                raise CheckpointError(
-                    asked, f"it was made with {what}", "Give the run its own data, or another run_dir"
-                )
-        made_with = config_from_dict(saved.manifest["config"], where=f"{path}")
-        old, new = flatten(config_to_dict(made_with)), flatten(config_to_dict(self.config))
-        differing = [
-            key for key in new if key.startswith(FIXED) and not key.startswith(FREE) and old.get(key) != new[key]
-        ]
-        if differing:
-            changes = ", ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in differing)
-            raise ConfigError(
-                asked, f"the configuration differs ({changes})", "Undo the change, or give another run_dir"
-            )
-        step, wanted = saved.state["step"], self.config.train.train_iters
-        if step > wanted:
-            raise ConfigError(asked, f"it is at step {step}, beyond train.train_iters={wanted}", "Raise train_iters")
-        check_tensors(path, saved.model.forms(), self.strategy.template)
-        if len(saved.optimizer):  # one of weights only starts with fresh moments
-            check_tensors(path, saved.optimizer.forms(), self.strategy.optimizer_template())
-
     def _own_micro_batches(self, batch: Mapping[str, np.ndarray]) -> tuple[list[dict[str, torch.Tensor]], range]:
         """This data rank's micro-batches and their numbers in the global batch; as many on every rank."""
         size, num_ranks = self.config.train.micro_batch_size, self.layout.data
-        num_micros = -(-len(batch["indices"]) // size)
-        own = deal_micro_batches(num_micros, self.place.data, num_ranks)
-        num_real = max(0, min(own.stop, num_micros) - own.start)
+        num_rows = len(batch["indices"])
+        own = deal_micro_batches(-(-num_rows // size), self.place.data, num_ranks)
         keys, pad_id = self.spec.batch_keys, self.tokenizer.pad_id
-        return own_micro_batches(batch, size, pad_id, keys, num_real, len(own)), own
+        return own_micro_batches(batch, size, pad_id, keys, num_rows, own), own
 
     def _loader(self, part: str, share: Callable[[int], slice] | None = None) -> MoleculeLoader:
         store, molecules = open_part(self.store_dir, part, self.config.data)
@@ -329,8 +299,8 @@ class Trainer:
 
     def _model_parts(self) -> ModelParts:
         parts = model_parts(self.config, self.tokenizer.vocab_size, self.tokenizer.pad_id)
-        if self.starts_from_layers:
-            return load_layers(parts, Path(self.config.load), vocabulary_hash=self.tokenizer.hash)
+        if self.start.layers is not None:
+            return load_layers(parts, self.start.layers, vocabulary_hash=self.tokenizer.hash)
         return parts
 
     def _manifest(self, status: str) -> dict[str, Any]:
@@ -354,9 +324,6 @@ class Trainer:
         }
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+def without_display(config: RunConfig) -> RunConfig:
+    """The same run with nothing to see: one process shows it."""
+    return replace(config, train=replace(config.train, progress=False, tensorboard=False))

@@ -77,6 +77,17 @@ JOURNEYS = (  # states are saved under each layout and loaded under the next
 )
 
 
+MUTATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("scale", {"sgd": True}),  # the loss's scale is off by 1e-5: AdamW would hide it
+    ("missing", {"sgd": True}),
+    ("missing", {}),
+    ("clip", {"sgd": True, "clip_grad": CLIP_GRAD}),
+    ("rate", {}),
+    ("seed", {"dropout": 0.1}),  # not where layers are cut: their masks are their own
+    ("missing", {"precision": "bf16"}),
+)
+
+
 @dataclass(frozen=True)
 class Finding:
     """A measured difference beside its bound."""
@@ -183,19 +194,16 @@ class StrategyParity:
             states = record.states
 
     @pytest.mark.parametrize(
-        ("mutation", "keys"),
+        ("cut", "mutation", "keys"),
         [
-            ("scale", {"sgd": True}),  # the loss's scale is off by 1e-5: AdamW would hide it
-            ("missing", {"sgd": True}),
-            ("missing", {}),
-            ("clip", {"sgd": True, "clip_grad": CLIP_GRAD}),
-            ("rate", {}),
-            ("seed", {"dropout": 0.1}),
-            ("missing", {"precision": "bf16"}),
+            (cut, mutation, keys)
+            for cut in (False, True)
+            for mutation, keys in MUTATIONS
+            if not (cut and "dropout" in keys)
         ],
     )
-    def test_the_checks_can_fail(self, mutation: str, keys: dict[str, Any]) -> None:
-        trial = Trial.accumulating(self.layouts[0], 4, **keys)
+    def test_the_checks_can_fail(self, cut: bool, mutation: str, keys: dict[str, Any]) -> None:
+        trial = Trial.accumulating(TP2_PP2 if cut else self.layouts[0], 4, **keys)
         findings = self.compare(replace(trial, mutation=mutation))
         assert max(finding.measured / finding.bound for finding in findings) > 1
 

@@ -192,3 +192,37 @@ def _join_and_sum():
 
 def test_groups_end_while_their_threads_still_let_tensors_go():
     assert ranks(2).run(join_often, [free_port() for _ in range(25)]) == [25, 25]
+
+
+def agree_on_texts():
+    with join() as processes:
+        return [processes.agree(text) for text in (f"rank {processes.rank}: ü/ä", "")]
+
+
+def test_the_main_process_decides():
+    assert ranks(2).run(agree_on_texts) == [["rank 0: ü/ä", ""]] * 2
+
+
+def wait_longer_than_the_group(timeout_s):
+    with join(timeout_s) as processes:
+        with processes.together("saving"):
+            if processes.is_main:
+                time.sleep(2 * timeout_s)
+        return processes.sum([1.0])[0]
+
+
+def test_a_long_part_is_waited_for():
+    assert ranks(2).run(wait_longer_than_the_group, 2.0) == [2.0, 2.0]
+
+
+def environment_after_a_world_of_one():
+    for name in VARIABLES:
+        os.environ.pop(name, None)
+    with join() as processes:
+        within = [name in os.environ for name in VARIABLES]
+        assert processes.world_size == 1
+    return within, [name for name in VARIABLES if name in os.environ]
+
+
+def test_a_world_of_one_leaves_no_variables_behind():
+    assert ranks(1).run(environment_after_a_world_of_one) == [([True] * len(VARIABLES), [])]

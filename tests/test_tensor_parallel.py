@@ -371,7 +371,7 @@ def test_a_size_that_does_not_divide_is_refused():
 
 
 def test_sequence_parallel_is_refused_on_the_cpu():
-    with pytest.raises(ConfigError, match="on the CPU: Megatron-core places its buffers"):
+    with pytest.raises(ConfigError, match="on cpu: Megatron-core places its buffers"):
         tensor.start_tensor_parallel(Layout("ThreeD", 2), CPU, TIMEOUT_S, sequence_parallel=True)
 
 

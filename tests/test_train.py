@@ -15,9 +15,9 @@ from biokit.checkpoint import load_checkpoint, load_model, newest_checkpoint
 from biokit.config import config_from_dict, config_to_dict
 from biokit.data.micro_batches import micro_batches, trim
 from biokit.errors import CheckpointError, ConfigError, DataError, EngineError, RunError
+from biokit.resume import flatten
 from biokit.runs import RunFolder
 from biokit.train import train
-from biokit.trainer import flatten
 from tests.small_run import small_config
 
 

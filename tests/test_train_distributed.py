@@ -45,6 +45,11 @@ def run_and_stop(tree: dict[str, Any], rank_that_asks: int) -> dict[str, Any]:
         RunFolder.stop_requested, biokit.trainer.Trainer._train_step = asked, whole  # type: ignore[method-assign]
 
 
+def run_twice(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]]:
+    """As a script that tries two settings."""
+    return [run_training(first), run_training(second)]
+
+
 def tree(config: Any, **keys: Any) -> dict[str, Any]:
     made = config_to_dict(config)
     for key, value in keys.items():
@@ -150,6 +155,36 @@ def test_a_run_starts_from_layer_files(single, tmp_path):
     with pytest.raises(BiokitError, match=r"model\.layers\.1"):
         train(config_from_dict(tree(config, run_dir=str(tmp_path / "three"), **fresh)))
     train(config_from_dict(tree(config, run_dir=str(tmp_path / "one"), load=fresh["load"], train__train_iters=3)))
+
+
+def test_two_trainings_in_one_launch(single, tmp_path):
+    config = single[1]
+    trees = [tree(config, run_dir=str(tmp_path / name), strategy="DDP", train__train_iters=2) for name in "ab"]
+    manifests = ranks(2).run(run_twice, *trees)[0]
+    assert [manifest["status"] for manifest in manifests] == ["finished", "finished"]
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_the_best_are_kept_although_later_ones_are_worse(single, tmp_path):
+    config = single[1]
+    keys = {"train__eval_interval": 1, "train__keep_best": 2, "train__save_interval": 0, "train__lr": 0.05}
+    train(config_from_dict(tree(config, run_dir=str(tmp_path / "run"), **keys)))
+    run = RunFolder(tmp_path / "run")
+    values = {line["step"]: line["val_loss"] for line in run.read_metrics()}
+    best = sorted(values, key=lambda step: (values[step], -step))[:2]
+    assert run.checkpoint_steps() == sorted({*best, 6})
+    with pytest.raises(ConfigError, match="no molecule would be decoded"):
+        train(
+            config_from_dict(tree(config, run_dir=str(tmp_path / "none"), **keys, train__best_metric="val_exact_match"))
+        )
+
+
+def test_a_run_killed_while_its_data_were_made_starts_again(single, tmp_path):
+    config = single[1]
+    (tmp_path / "run" / ".data.partial").mkdir(parents=True)
+    (tmp_path / "run" / ".data.partial" / "train.bin").write_bytes(b"half")
+    train(config_from_dict(tree(config, run_dir=str(tmp_path / "run"), train__train_iters=1)))
+    assert not (tmp_path / "run" / ".data.partial").exists()
 
 
 def test_single_to_three_d_and_back(single, tmp_path):

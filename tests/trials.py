@@ -126,13 +126,11 @@ def _cut_batch(
     num_rows = BUDGET_ROWS[step % len(BUDGET_ROWS)] if trial.token_budget else NUM_ROWS
     size, data_rank, num_ranks = trial.micro_batch_size, strategy.place.data, strategy.layout.data
     batch: Batch = model.make_batch(step, num_rows)
-    num_micros = -(-num_rows // size)
-    own = deal_micro_batches(num_micros, data_rank, num_ranks)
-    num_real = max(0, min(own.stop, num_micros) - own.start)
-    rows = rank_rows(num_rows, size, data_rank, num_ranks) if num_real else slice(0, 1)
-    share = {key: array[rows] for key, array in batch.items()}
+    own = deal_micro_batches(-(-num_rows // size), data_rank, num_ranks)
+    rows = rank_rows(num_rows, size, data_rank, num_ranks)
+    share = {key: array[rows] if rows.start < rows.stop else array[:1] for key, array in batch.items()}
     keys = model.spec.batch_keys
-    micros = own_micro_batches(share, size, model.pad_id, keys, num_real, len(own))
+    micros = own_micro_batches(share, size, model.pad_id, keys, num_rows, own)
     return micros, [1000 * step + index for index in own], int((batch[keys[-1]] != model.pad_id).sum())
 
 

@@ -32,19 +32,21 @@ def trim(ids_BT: np.ndarray, pad_id: int) -> np.ndarray:
 
 
 def own_micro_batches(
-    batch: Mapping[str, np.ndarray], size: int, pad_id: int, keys: Sequence[str], num_real: int, num_own: int
+    batch: Mapping[str, np.ndarray], size: int, pad_id: int, keys: Sequence[str], num_rows: int, own: range
 ) -> list[dict[str, torch.Tensor]]:
     """The micro-batches of one data rank, as many as every other rank has.
 
     Args:
         batch: the rows of this rank's share (see `MoleculeLoader`); labels under the last of `keys`.
-        num_real: micro-batches that the share makes; the others are empty: one row whose labels are padding.
-        num_own: micro-batches in all.
+        num_rows: of the global batch.
+        own: numbers of this rank's micro-batches in the global batch; those beyond its end are empty: one row whose
+            labels are padding.
     """
+    num_real = sum(number * size < num_rows for number in own)
     micros = list(micro_batches(batch, size, pad_id, keys))
     empty = {key: ids[:1] for key, ids in micros[0].items()}
     empty[keys[-1]] = torch.full_like(empty[keys[-1]], pad_id)
-    return micros[:num_real] + [empty] * (num_own - num_real)
+    return micros[:num_real] + [empty] * (len(own) - num_real)
 
 
 def count_tokens(micros: Sequence[Mapping[str, torch.Tensor]], pad_id: int, keys: Sequence[str]) -> tuple[int, int]:

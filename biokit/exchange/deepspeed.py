@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from biokit.config import RunConfig
-from biokit.errors import CheckpointError
+from biokit.errors import CheckpointError, list_faults
 from biokit.exchange.names import OWN_VERSION, check_version, find_names
 from biokit.exchange.safe_load import load_safely
 from biokit.exchange.source import (
@@ -163,7 +163,7 @@ def _check_complete(
     faults += [f"foreign {files[key].name}" for key in sorted(set(files) - wanted)]
     if faults:
         do = "Restore the missing files, and move those of another layout away"
-        raise CheckpointError(f"checkpoint {folder}", "; ".join(faults[:5]), do)
+        raise CheckpointError(f"checkpoint {folder}", list_faults(faults), do)
 
 
 def _read_weights(

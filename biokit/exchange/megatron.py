@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from biokit.config import RunConfig, config_from_dict
-from biokit.errors import CheckpointError
+from biokit.errors import CheckpointError, list_faults
 from biokit.exchange.names import OWN_VERSION, MegatronNames, check_version, find_names
 from biokit.exchange.safe_load import load_safely
 from biokit.exchange.source import (
@@ -245,7 +245,7 @@ def _read_ranks(folder: Path) -> dict[str, dict[str, Any]]:
     foreign = sorted(there - set(wanted))
     if missing or foreign:
         faults = [f"missing {name}/{RANK_FILE}" for name in missing] + [f"foreign {name}" for name in foreign]
-        found = f"its files say tp{tensor} x pp{pipeline}, but: {'; '.join(faults[:5])}"
+        found = f"its files say tp{tensor} x pp{pipeline}, but: {list_faults(faults)}"
         raise CheckpointError(asked, found, "Restore the missing ranks, and move those of another layout away")
     return {name: first if name == min(there) else load_safely(folder / name / RANK_FILE) for name in wanted}
 

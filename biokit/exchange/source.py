@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from biokit.config import RunConfig
-from biokit.errors import CheckpointError
+from biokit.errors import CheckpointError, list_faults
 from biokit.layouts import model_parts
 from biokit.models import find_model
 from biokit.models.spec import ModelSpec
@@ -21,7 +21,6 @@ from biokit.parallel.strategy import MOMENTS, ModelParts
 
 WEIGHT = "weight"
 KINDS = (WEIGHT, *MOMENTS)  # what there is of a parameter
-MAX_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -206,10 +205,9 @@ def raise_faults(where: str | Path, faults: Sequence[str]) -> None:
         CheckpointError: there are faults.
     """
     if faults:
-        more = f" and {len(faults) - MAX_NAMED} more" if len(faults) > MAX_NAMED else ""
         raise CheckpointError(
             f"checkpoint {where}",
-            f"its tensors do not fit the model: {'; '.join(faults[:MAX_NAMED])}{more}",
+            f"its tensors do not fit the model: {list_faults(faults)}",
             "Use the configuration that the checkpoint was made with",
         )
 

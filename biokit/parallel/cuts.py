@@ -99,6 +99,11 @@ def join_tensors(pieces: Sequence[torch.Tensor], cut: Cut, shape: Sequence[int])
     return whole
 
 
+def describe_form(tensor: torch.Tensor) -> str:
+    """Shape and type, for messages."""
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
 def _matches(pattern: str, name: str) -> bool:
     """`*` stands for one part of a dotted name, never for a dot."""
     parts, wanted = name.split("."), pattern.split(".")

@@ -183,6 +183,17 @@ def _started(world_size: int) -> str:
     return "1 process is started" if world_size == 1 else f"{world_size} processes are started"
 
 
+def check_sequence_parallel(device_type: str) -> None:
+    """Refuse sequence parallelism where it cannot run.
+
+    Raises:
+        ConfigError: on another device than CUDA.
+    """
+    if device_type != "cuda":
+        found = "Megatron-core places its buffers on the current CUDA device"
+        raise ConfigError(f"parallel.sequence_parallel=True on {device_type}", found, "Give sequence_parallel=False")
+
+
 def deal_micro_batches(num_micros: int, data_rank: int, num_data_ranks: int) -> range:
     """Indices of the global batch's micro-batches that a data rank computes: contiguous, as many on every rank.
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from biokit.errors import CheckpointError, ConfigError
+from biokit.errors import CheckpointError, ConfigError, list_faults
 from biokit.parallel.cuts import cut_tensor, find_cut, padded_size
 from biokit.runs import describe_file
 
@@ -150,11 +150,6 @@ def open_layer_file(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise CheckpointError(asked, "it does not map names to tensors", "Save the layer's state_dict() alone")
     return tensors
-
-
-def list_faults(faults: Sequence[str]) -> str:
-    """Up to five of them, and how many more there are."""
-    return "; ".join(faults[:5]) + (f" and {len(faults) - 5} more" if len(faults) > 5 else "")
 
 
 def _map_tensors(path: Path) -> Any:

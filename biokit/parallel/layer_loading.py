@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from biokit.errors import CheckpointError, ConfigError
-from biokit.parallel.layer_files import Share, find_layer_files, list_faults, open_layer_file, read_index
+from biokit.errors import CheckpointError, ConfigError, list_faults
+from biokit.parallel.cuts import describe_form
+from biokit.parallel.layer_files import Share, find_layer_files, open_layer_file, read_index
 from biokit.parallel.lora import LoraConfig, set_trainable
 from biokit.parallel.strategy import ModelParts
 
@@ -129,7 +130,7 @@ def check_layer(layer: nn.Module, stored: Mapping[str, torch.Tensor], source: La
         if name in stored:
             found = source.share.take(name, stored[name].to("meta"))
             if found.shape != old.shape or not _fits(found.dtype, old.dtype):
-                faults.append(f"{name} is {_form(found)} instead of {_form(old)}")
+                faults.append(f"{name} is {describe_form(found)} instead of {describe_form(old)}")
     if faults:
         do = "Use the model, the tensor parallel size and new_num_tokens that fit the file"
         raise CheckpointError(f"layer file {source.path}", f"it does not fit: {list_faults(faults)}", do)
@@ -215,7 +216,3 @@ def _make_again(layer: nn.Module, make: Make) -> None:
 def _fits(found: torch.dtype, expected: torch.dtype) -> bool:
     floating = found.is_floating_point and expected.is_floating_point
     return found == expected or (floating and torch.promote_types(found, expected) == expected)
-
-
-def _form(tensor: torch.Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

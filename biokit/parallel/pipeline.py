@@ -116,7 +116,7 @@ class Staged(Zero):
             self._start_tensor_parallel(config.parallel)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its topology
             module = self._build_stage()
-            self.optimizer = build_optimizer(self.own, config.train, processes.device)
+            self.optimizer = build_optimizer(self.own, config.train)
             self.engine, *_ = deepspeed.initialize(
                 model=module, optimizer=self.optimizer, config=settings, dist_init_required=False
             )
@@ -223,8 +223,7 @@ class Staged(Zero):
     def _sum_figures(self) -> TokenSums:
         """Over the micro-batches since the last call, of all data ranks; the last stage has them."""
         figures, self.figures = self.figures, []
-        counts = figures and self.place.tensor == 0
-        return TokenSums.of(self.processes.sum(torch.stack(figures).sum(0).tolist() if counts else [0.0, 0.0, 0.0]))
+        return self.sum_figures(figures, counts=self.place.tensor == 0)
 
     def read_piece(self, name: str, moment: str | None) -> torch.Tensor | None:
         """A parameter of this stage, or one of its moments; see `Strategy.read_piece`."""
@@ -246,7 +245,7 @@ class Staged(Zero):
         model = self.parts.build_untrained()
         for name, parameter in model.named_parameters():
             parameter.data.copy_(state.pop(name))
-        return model.to(self.processes.device).eval()
+        return model.eval()  # on the CPU: it need not fit the device
 
     def close(self) -> None:
         """Give back what the engine holds."""

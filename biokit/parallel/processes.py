@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import itertools
 import os
 import socket
 import time
@@ -18,10 +19,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from biokit.errors import BiokitError, EngineError, RunError
+from biokit.errors import EngineError, RunError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-WAIT_S = 0.05
+WAIT_S, MEET_S = 0.05, 0.005
+_runs = itertools.count()  # torchrun's store outlives a run; the keys in it are of one run only
 # gloo groups of the last run. A group that goes while one of its threads still lets a tensor go waits for that thread,
 # which waits for Python's lock: so they stay until the next run, when their threads have long been idle.
 _ended_groups: list[Any] = []
@@ -35,6 +37,7 @@ class Processes:
         group: a gloo group of all processes, for what is agreed on the CPU; None where there is one process and no
             engine asked for a group.
         store: the key-value store at which they met.
+        meetings: numbers of those in the store, the same on every process.
     """
 
     rank: int = 0
@@ -42,6 +45,7 @@ class Processes:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     group: Any = None
     store: dist.Store | None = None
+    meetings: Iterator[int] = field(default_factory=itertools.count)
 
     @property
     def is_main(self) -> bool:
@@ -102,9 +106,20 @@ class Processes:
         dist.recv(tensor, source, group=self.group)
         return tensor
 
+    def agree(self, text: str) -> str:
+        """The main process's text, on all of them."""
+        if self.world_size == 1:
+            return text
+        data = text.encode()
+        length = self.share(torch.tensor([len(data)]), 0)
+        shared = torch.zeros(int(length), dtype=torch.uint8)
+        if self.is_main:
+            shared[:] = torch.tensor(list(data), dtype=torch.uint8)
+        return bytes(self.share(shared, 0).tolist()).decode()
+
     @contextlib.contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """Leave only when every process has done its part; where one failed, all raise.
+        """Leave only when every process has done its part, however long that takes; where one failed, all raise.
 
         Only for parts in which the processes do not wait for one another.
 
@@ -114,14 +129,30 @@ class Processes:
         failure: BaseException | None = None
         try:
             yield
-        except (BiokitError, OSError) as error:
+        except Exception as error:
             failure = error
-        failed = self.sum([float(1 << self.rank if self.world_size <= 50 else 1) if failure else 0.0])[0]
+        failed = self._meet(f"together {next(self.meetings)}", failure is not None)
         if failure is not None:
             raise failure
         if failed:
-            ranks = [str(rank) for rank in range(min(self.world_size, 50)) if int(failed) >> rank & 1]
-            raise RunError(what, f"rank {', '.join(ranks)} failed", "See the error of that rank")
+            raise RunError(what, f"rank {', '.join(map(str, failed))} failed", "See the error of that rank")
+
+    def _meet(self, key: str, failed: bool) -> list[int]:
+        """Wait in the store, which has no time limit, for every process; the ranks that failed."""
+        if self.store is None or self.world_size == 1:
+            return []
+        if failed:
+            self.store.set(f"{key}/failed/{self.rank}", "")
+            self.store.add(f"{key}/failed", 1)
+        self.store.add(f"{key}/here", 1)
+        try:
+            while self.store.add(f"{key}/here", 0) < self.world_size:
+                time.sleep(MEET_S)
+            if not self.store.add(f"{key}/failed", 0):
+                return []
+            return [rank for rank in range(self.world_size) if self.store.check([f"{key}/failed/{rank}"])]
+        except RuntimeError:  # the main process kept the store, and is gone
+            return [0]
 
 
 def count_processes() -> tuple[int, int]:
@@ -162,7 +193,11 @@ def join_processes(device: torch.device, timeout_s: float, needs_group: bool) ->
     if world_size == 1 and not needs_group:
         yield Processes(rank, world_size, device)
         return
-    _fill_environment()
+    with _filled_environment():
+        yield from _join(device, timeout_s, rank, world_size)
+
+
+def _join(device: torch.device, timeout_s: float, rank: int, world_size: int) -> Iterator[Processes]:
     limit = dt.timedelta(seconds=timeout_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
@@ -173,9 +208,10 @@ def join_processes(device: torch.device, timeout_s: float, needs_group: bool) ->
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         found = f"rank {rank} of {world_size} found no group at {where} ({str(error).splitlines()[0]})"
-        raise EngineError("the processes of a run", found, "Check that all were started, on a free port") from error
+        do = "Check that all were started, on a free port; where nodes have several networks, set GLOO_SOCKET_IFNAME"
+        raise EngineError("the processes of a run", found, do) from error
     try:
-        yield Processes(rank, world_size, device, group, dist.PrefixStore("biokit", store))
+        yield Processes(rank, world_size, device, group, dist.PrefixStore(f"biokit {next(_runs)}", store))
         dist.barrier(group=group)  # without it ranks that end early take their peers with them
     finally:
         _ended_groups[:] = [group]
@@ -193,13 +229,20 @@ def _own_device(device: torch.device) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _fill_environment() -> None:
-    """A group of one needs the launcher's variables too."""
+@contextlib.contextmanager
+def _filled_environment() -> Iterator[None]:
+    """A group of one needs the launcher's variables too; they are taken back, or a later launch would heed them."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        yield
         return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
+    added = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ |= added
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)

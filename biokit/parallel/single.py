@@ -43,7 +43,7 @@ class Single(Strategy):
         self.parameters = dict(self.model.named_parameters())
         self.template = {name: parameter.detach().to("meta") for name, parameter in self.parameters.items()}
         self.fold: nn.Module = Fold(self.model, config, device)
-        self.optimizer = build_optimizer(self.model, config, device)
+        self.optimizer = build_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(
             device.type,
             init_scale=config.initial_loss_scale,
@@ -55,12 +55,12 @@ class Single(Strategy):
         self, micro_batches: Sequence[Mapping[str, torch.Tensor]], num_valid: int, seeds: Sequence[int], lr: float
     ) -> StepResult:
         """One update over a global batch; see `Strategy.train_batch`."""
-        sums = TokenSums()
+        figures = []
         scale = self.layout.data / num_valid  # gradients are averaged over the data ranks
         for index, (micro, seed) in enumerate(zip(micro_batches, seeds, strict=True)):
             with self._gradients_travel(index + 1 == len(micro_batches)):
-                sums += self.backward(micro, scale, seed)
-        sums = self._over_ranks(sums)
+                figures.append(self._backward(micro, scale, seed))
+        sums = self.sum_figures(figures)
         if not math.isfinite(sums.loss):
             raise RunError("training", f"the loss is {sums.loss}", "Lower train.lr, or look at the batch's molecules")
         grad_norm, skipped = self.step(lr)
@@ -74,16 +74,13 @@ class Single(Strategy):
             scale: 1 / number of valid tokens in the global batch.
             seed: of the dropout masks; each layer draws from (seed, its position).
         """
-        self.model.train()
-        sums, loss = self._loss(batch, seed)
-        self.scaler.scale(loss * scale).backward()
-        return sums
+        return TokenSums.of(self._backward(batch, scale, seed).tolist())
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> TokenSums:
         """Sums without dropout; see `Strategy.evaluate`."""
         self.model.eval()
-        return self._over_ranks(sum((self._loss(micro, None)[0] for micro in micro_batches), TokenSums()))
+        return self.sum_figures([self._loss(micro, None)[1] for micro in micro_batches])
 
     def step(self, lr: float) -> tuple[float, bool]:
         """Clip, update, clear the gradients; returns (gradient norm before clipping, whether fp16 skipped it).
@@ -109,11 +106,11 @@ class Single(Strategy):
         """A parameter, or one of its moments."""
         parameter = self.parameters[name]
         if moment is None:
-            return parameter.detach().cpu()
+            return parameter.detach()
         moments = self.optimizer.state.get(parameter)
         if not moments:
             return torch.zeros(() if moment == "step" else parameter.shape)
-        return torch.as_tensor(moments[moment]).detach().cpu()
+        return torch.as_tensor(moments[moment]).detach()
 
     def start_load(self) -> None:
         """Forget the moments."""
@@ -141,13 +138,15 @@ class Single(Strategy):
         """Whether the coming backward pass averages the gradients over the data ranks."""
         return nullcontext()
 
-    def _over_ranks(self, sums: TokenSums) -> TokenSums:
-        return TokenSums.of(self.processes.sum([sums.loss, sums.num_correct, sums.num_valid]))
+    def _backward(self, batch: Mapping[str, torch.Tensor], scale: float, seed: int) -> torch.Tensor:
+        self.model.train()
+        loss, figures = self._loss(batch, seed)
+        self.scaler.scale(loss * scale).backward()
+        return figures
 
-    def _loss(self, batch: Mapping[str, torch.Tensor], seed: int | None) -> tuple[TokenSums, torch.Tensor]:
+    def _loss(self, batch: Mapping[str, torch.Tensor], seed: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, labels_BT = move_batch(batch, self.batch_keys, self.device)
-        loss, figures = token_loss(self.fold(inputs, seed), labels_BT, self.pad_id)
-        return TokenSums.of(figures.tolist()), loss  # one wait for the device
+        return token_loss(self.fold(inputs, seed), labels_BT, self.pad_id)
 
 
 class DDP(Single):
@@ -176,7 +175,7 @@ class DDP(Single):
         if not self.buckets_settled:
             # torch deals the gradients to other buckets after the first backward pass, and their sums round otherwise
             # in the last bit: a pass that counts for nothing, so that a run that goes on does not differ from another
-            self.backward(micro_batches[0], 0.0, seeds[0])
+            self._backward(micro_batches[0], 0.0, seeds[0])
             self.optimizer.zero_grad(set_to_none=True)
             self.buckets_settled = True
         return super().train_batch(micro_batches, num_valid, seeds, lr)

@@ -130,13 +130,18 @@ class Strategy(ABC):
             RunError: a loss or gradient that is not finite (fp16: after the loss scale has come down to 1).
         """
 
+    def sum_figures(self, figures: Sequence[torch.Tensor], counts: bool = True) -> TokenSums:
+        """Sums of (3,) figures of `token_loss` over all processes that count; one wait for the device."""
+        own = torch.stack(list(figures)).sum(0).tolist() if counts and figures else [0.0, 0.0, 0.0]
+        return TokenSums.of(self.processes.sum(own))
+
     @abstractmethod
     def evaluate(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> TokenSums:
         """Sums over the micro-batches of all data ranks, without dropout; as many micro-batches on every rank."""
 
     @abstractmethod
     def read_piece(self, name: str, moment: str | None) -> torch.Tensor | None:
-        """This tensor rank's piece of a parameter or of its moment, in fp32 on the CPU; zeros before the first step.
+        """This tensor rank's piece of a parameter or of its moment in fp32, on its device; zeros before the first step.
 
         All data ranks of a stage call it together. None on a stage that does not hold the parameter.
         """
@@ -234,17 +239,17 @@ class Strategy(ABC):
             layout.rank(Place(stage, 0, tensor)) for tensor in range(layout.tensor if cut.dim is not None else 1)
         ]
         rank = self.processes.rank
-        if rank in sources and rank != 0:
-            assert piece is not None
-            self.processes.send(piece.contiguous(), 0)
+        own = piece.detach().to("cpu", copy=True).contiguous() if piece is not None and rank in sources else None
+        if own is not None and rank != 0:
+            self.processes.send(own, 0)
         if rank != 0:
             return None
-        form = cut_tensor(torch.empty(shape), cut, layout.tensor, 0)
+        form = cut_tensor(torch.empty(shape, device="meta"), cut, layout.tensor, 0).shape
         pieces = [
-            piece if source == 0 and piece is not None else self.processes.receive(torch.empty_like(form), source)
+            own if source == 0 and own is not None else self.processes.receive(torch.empty(form), source)
             for source in sources
         ]
-        return join_tensors(pieces, cut, shape).clone()
+        return join_tensors(pieces, cut, shape)
 
 
 def make_strategy(parts: ModelParts, config: RunConfig, layout: Layout, processes: Processes) -> Strategy:

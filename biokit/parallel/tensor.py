@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from biokit.errors import ConfigError, EngineError
 from biokit.parallel.cuts import PLAN_WORDS, WHOLE, Cut, cut_tensor, find_cut, find_word, padded_size
 from biokit.parallel.folding import checkpoint_layer
-from biokit.parallel.grid import Layout, Place
+from biokit.parallel.grid import Layout, Place, check_sequence_parallel
 
 FITTING = {"column": (nn.Linear,), "row": (nn.Linear,), "vocab": (nn.Linear, nn.Embedding), "local": (nn.Module,)}
 
@@ -41,9 +41,8 @@ def start_tensor_parallel(
         EngineError: megatron-core is not installed.
         ConfigError: sequence parallelism on the CPU.
     """
-    if sequence_parallel and device.type != "cuda":
-        found = "Megatron-core places its buffers on the current CUDA device"
-        raise ConfigError("parallel.sequence_parallel=True on the CPU", found, "Give sequence_parallel=False")
+    if sequence_parallel:
+        check_sequence_parallel(device.type)
     # torch 2.13 renamed the collectives that Megatron-core calls
     warnings.filterwarnings("ignore", ".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated", FutureWarning)
     _megatron("parallel_state").initialize_model_parallel(

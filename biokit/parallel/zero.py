@@ -86,7 +86,7 @@ class Zero(Strategy):
         self.model = parts.build()
         self.parameters = dict(self.model.named_parameters())
         self.template = {name: parameter.detach().to("meta") for name, parameter in self.parameters.items()}
-        self.optimizer = build_optimizer(self.model, config.train, processes.device)
+        self.optimizer = build_optimizer(self.model, config.train)
         fold = Fold(self.model, config.train, processes.device)
         if self.stage == 3:  # cut a parameter at a time: the engine would first move the whole model to the device
             deepspeed.zero.Init(module=fold, config_dict_or_path=settings)
@@ -105,13 +105,13 @@ class Zero(Strategy):
         """One update over a global batch; see `Strategy.train_batch`."""
         self.engine.train()
         self._prepare_step(lr)
-        sums, last = TokenSums(), len(micro_batches) - 1
+        figures, last = [], len(micro_batches) - 1
         for index, (micro, seed) in enumerate(zip(micro_batches, seeds, strict=True)):
             self.engine.set_gradient_accumulation_boundary(index == last)
-            part, loss = self._loss(micro, seed)
-            sums += part
+            loss, part = self._loss(micro, seed)
+            figures.append(part)
             if index == last:
-                sums = self._over_ranks(sums)
+                sums = self.sum_figures(figures)
                 if not math.isfinite(sums.loss):
                     loss = loss * math.nan  # so that the engine drops the gradients of the whole batch
             # gradients are averaged over the data ranks; the engine's own division by its accumulation is left out
@@ -140,7 +140,7 @@ class Zero(Strategy):
     def evaluate(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> TokenSums:
         """Sums without dropout; see `Strategy.evaluate`."""
         self.engine.eval()
-        return self._over_ranks(sum((self._loss(micro, None)[0] for micro in micro_batches), TokenSums()))
+        return self.sum_figures([self._loss(micro, None)[1] for micro in micro_batches])
 
     def read_piece(self, name: str, moment: str | None) -> torch.Tensor | None:
         """A parameter, or one of its moments; see `Strategy.read_piece`."""
@@ -156,7 +156,7 @@ class Zero(Strategy):
             whole = self.optimizer.state[self._partitions()[0]]["step"]
         else:
             whole = self.tools.safe_get_full_optimizer_state(parameter, moment)
-        return whole.detach().float().cpu()
+        return whole.detach().float()
 
     def start_load(self) -> None:
         """Moments of zero, for AdamW to go on from and for `write_piece` to fill."""
@@ -238,7 +238,7 @@ class Zero(Strategy):
             whole = self.read_piece(name, None)
             if name in own and whole is not None:
                 own[name].data.copy_(whole)
-        return model.to(self.processes.device).eval() if model else None
+        return model.eval() if model else None  # on the CPU: it need not fit the device
 
     def close(self) -> None:
         """Give back what the engine holds."""
@@ -250,13 +250,9 @@ class Zero(Strategy):
         zero = self.engine.optimizer
         return zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
 
-    def _over_ranks(self, sums: TokenSums) -> TokenSums:
-        return TokenSums.of(self.processes.sum([sums.loss, sums.num_correct, sums.num_valid]))
-
-    def _loss(self, batch: Mapping[str, torch.Tensor], seed: int | None) -> tuple[TokenSums, torch.Tensor]:
+    def _loss(self, batch: Mapping[str, torch.Tensor], seed: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, labels_BT = move_batch(batch, self.parts.batch_keys, self.processes.device)
-        loss, figures = token_loss(self.engine(inputs, seed), labels_BT, self.parts.pad_id)
-        return TokenSums.of(figures.tolist()), loss
+        return token_loss(self.engine(inputs, seed), labels_BT, self.parts.pad_id)
 
 
 def start_deepspeed(device: torch.device) -> Any:
@@ -265,13 +261,23 @@ def start_deepspeed(device: torch.device) -> Any:
     Raises:
         EngineError: it is not installed.
     """
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    asked, before = "strategies of DeepSpeed", os.environ.get("DS_ACCELERATOR")
+    os.environ["DS_ACCELERATOR"] = device.type  # read while it is imported; not for other programs
     try:
         import deepspeed
+        from deepspeed.accelerator import get_accelerator
         from deepspeed.utils import groups
+
+        found_kind = get_accelerator().device_name()
     except ImportError as error:
         found = f"DeepSpeed cannot be imported ({error})"
-        raise EngineError("strategies of DeepSpeed", found, "Run pip install 'biokit[distributed]'") from error
+        raise EngineError(asked, found, "Run pip install 'biokit[distributed]'") from error
+    finally:
+        del os.environ["DS_ACCELERATOR"]
+        os.environ |= {"DS_ACCELERATOR": before} if before is not None else {}
+    if found_kind != device.type:
+        found = f"in this process DeepSpeed has begun with {found_kind}"
+        raise EngineError(f"{asked} on {device.type}", found, "Start again in a new process (restart the kernel)")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ for minutes
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # collectives that torch renamed; said at every step
@@ -301,10 +307,8 @@ def prepare_nvme(folder: Path, processes: Processes) -> None:
         if missing or not builder.is_compatible(verbose=False):
             found = f"DeepSpeed's async_io cannot be built: {', '.join(missing) or 'libaio and its headers'} not found"
             raise EngineError(asked, found, f"Install libaio-dev, g++ and ninja, {other}")
-        for name in (
-            "pin_memory",
-            builder.name,
-        ):  # an ended build leaves its lock, and the next one would wait for ever
+        # an ended build leaves its lock, and the next one would wait for ever
+        for name in ("pin_memory", builder.name):
             lock = Path(_get_build_directory(name, verbose=False)) / "lock"
             if lock.exists():
                 do = f"Wait for it; where none is running, remove {lock}"

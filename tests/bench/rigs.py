@@ -103,5 +103,5 @@ def share(batch: Mapping[str, np.ndarray], rig: Rig, strategy: Strategy) -> Batc
     own = deal_micro_batches(rig.global_batch_size // size, data_rank, num_ranks)
     rows = rank_rows(rig.global_batch_size, size, data_rank, num_ranks)
     arrays = {key: ids[rows] for key, ids in batch.items()}
-    micros = own_micro_batches(arrays, size, PAD, MOLBART.batch_keys, len(own), len(own))
+    micros = own_micro_batches(arrays, size, PAD, MOLBART.batch_keys, rig.global_batch_size, own)
     return Batch(micros, list(own), int((batch[MOLBART.batch_keys[-1]] != PAD).sum()))

@@ -1,0 +1,95 @@
+"""Where a run begins: at its newest checkpoint, at that of another run, at layer files, or from nothing.
+
+The main process decides and the others follow: a folder that is being written looks different from node to node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from biokit.checkpoint import Checkpoint, check_tensors, find_checkpoint, newest_checkpoint
+from biokit.config import RunConfig, config_from_dict, config_to_dict
+from biokit.errors import CheckpointError, ConfigError, RunError
+from biokit.parallel.layer_files import is_layer_folder
+from biokit.parallel.processes import Processes
+from biokit.parallel.strategy import Strategy
+from biokit.runs import RunFolder
+
+FIXED = ("seed", "model.", "data.", "train.global_batch_size")  # a resumed run may not change these,
+FREE = ("data.dataset_path", "data.dataset.", "data.store_dir", "data.num_workers")  # but where its data lie
+
+
+@dataclass(frozen=True)
+class Start:
+    """A checkpoint to go on from, or a folder of layer files to begin with, or neither."""
+
+    checkpoint: Path | None = None
+    layers: Path | None = None
+
+
+def find_start(config: RunConfig, folder: RunFolder, processes: Processes) -> Start:
+    """What a run goes on from, the same on every process.
+
+    Raises:
+        RunError: the run has checkpoints and `resume=false`.
+        CheckpointError: `load` is no checkpoint, run or folder of layer files.
+    """
+    kind, path = "", Path()
+    with processes.together("finding where the run begins"):
+        if processes.is_main:
+            kind, path = _decide(config, folder)
+    kind, path = processes.agree(kind), Path(processes.agree(str(path)))
+    return Start(path if kind == "checkpoint" else None, path if kind == "layers" else None)
+
+
+def _decide(config: RunConfig, folder: RunFolder) -> tuple[str, Path]:
+    newest = newest_checkpoint(folder)
+    if newest is not None:
+        if not config.resume:
+            found = "it has checkpoints and resume=false"
+            raise RunError(f"run {folder.path}", found, "Give another run_dir, or resume=true")
+        return "checkpoint", newest
+    if not config.load:
+        return "", Path()
+    source = Path(config.load)
+    return ("layers", source) if is_layer_folder(source) else ("checkpoint", find_checkpoint(source))
+
+
+def check_fits(path: Path, saved: Checkpoint, config: RunConfig, ours: Mapping[str, Any], strategy: Strategy) -> None:
+    """Refuse a checkpoint that is not of this training.
+
+    Args:
+        ours: what this run writes into its own checkpoints' manifests.
+
+    Raises:
+        CheckpointError: another vocabulary or other molecules, or tensors that do not fit the model.
+        ConfigError: a configuration that differs where it must not, or a step beyond the last one.
+    """
+    asked = f"resume from {path}"
+    for key, what in (("vocab_hash", "another vocabulary"), ("data_hash", "other molecules")):
+        unknown = key == "data_hash" and saved.manifest.get(key) == ""  # another program's checkpoint
+        if not unknown and saved.manifest.get(key) != ours[key]:
+            raise CheckpointError(asked, f"it was made with {what}", "Give the run its own data, or another run_dir")
+    made_with = config_from_dict(saved.manifest["config"], where=f"{path}")
+    old, new = flatten(config_to_dict(made_with)), flatten(config_to_dict(config))
+    differing = [key for key in new if key.startswith(FIXED) and not key.startswith(FREE) and old[key] != new[key]]
+    if differing:
+        changes = ", ".join(f"{key}: {old[key]} -> {new[key]}" for key in differing)
+        raise ConfigError(asked, f"the configuration differs ({changes})", "Undo the change, or give another run_dir")
+    step, wanted = saved.state["step"], config.train.train_iters
+    if step > wanted:
+        raise ConfigError(asked, f"it is at step {step}, beyond train.train_iters={wanted}", "Raise train_iters")
+    check_tensors(path, saved.model.forms(), strategy.template)
+    if len(saved.optimizer):  # one of weights only starts with fresh moments
+        check_tensors(path, saved.optimizer.forms(), strategy.optimizer_template())
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
