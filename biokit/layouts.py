@@ -6,7 +6,8 @@ from functools import partial
 
 from biokit.config import RunConfig
 from biokit.models import find_model
-from biokit.parallel.grid import Layout, check_sequence_parallel, plan_layout
+from biokit.parallel.deepspeed_config import effective_config
+from biokit.parallel.grid import ZERO_STAGE, Layout, check_sequence_parallel, plan_layout
 from biokit.parallel.strategy import ModelParts
 from biokit.process import choose_device
 
@@ -23,6 +24,8 @@ def find_layout(config: RunConfig, world_size: int) -> Layout:
     layout = plan_layout(config, world_size, {name: sizes[name] for name in spec.divided}, num_layers)
     if config.parallel.sequence_parallel:
         check_sequence_parallel(choose_device(config.train.device).type)
+    if layout.strategy in ZERO_STAGE:
+        effective_config(config, layout)  # refuses a user's ds_config.json that cannot be used
     return layout
 
 

@@ -299,9 +299,8 @@ def test_an_altered_checkpoint_is_refused(tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
     from biokit.parallel.single import Single
-    from biokit.parallel.strategy import TokenSums
 
-    monkeypatch.setattr(Single, "backward", lambda *a: TokenSums(math.nan, 0, 1))
+    monkeypatch.setattr(Single, "_backward", lambda *_: torch.tensor([math.nan, 0.0, 1.0]))
     with pytest.raises(RunError, match="the loss is nan"):
         train(small_config(tmp_path))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from biokit.exchange.layers import split_layers
 from biokit.layouts import find_layout
 from biokit.runs import RunFolder
 from biokit.train import train
+from biokit.trainer import Trainer
 from tests.distributed import RanksFailed, ranks
 from tests.small_run import small_config
 
@@ -23,26 +26,23 @@ def run_training(tree: dict[str, Any]) -> dict[str, Any]:
     return train(config_from_dict(tree))
 
 
-def run_and_stop(tree: dict[str, Any], rank_that_asks: int) -> dict[str, Any]:
-    """One rank alone sees the request after its third step."""
-    import os
-
-    import biokit.trainer
-
-    config, own = config_from_dict(tree), int(os.environ["RANK"]) == rank_that_asks
+def run_and_stop(tree: dict[str, Any], rank_that_is_asked: int) -> dict[str, Any]:
+    """One rank alone gets a SIGTERM, in its third step."""
+    own = int(os.environ["RANK"]) == rank_that_is_asked
     steps: list[int] = []
-    whole = biokit.trainer.Trainer._train_step
+    whole = Trainer._train_step
 
-    def counted(self: Any, batches: Any) -> dict[str, Any]:
+    def counted(self: Trainer, batches: Any) -> dict[str, Any]:
         steps.append(1)
+        if own and len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
         return whole(self, batches)
 
-    asked, biokit.trainer.Trainer._train_step = RunFolder.stop_requested, counted  # type: ignore[method-assign]
-    RunFolder.stop_requested = lambda self: own and len(steps) >= 3  # type: ignore[method-assign]
+    Trainer._train_step = counted  # type: ignore[method-assign]
     try:
-        return train(config)
+        return train(config_from_dict(tree))
     finally:
-        RunFolder.stop_requested, biokit.trainer.Trainer._train_step = asked, whole  # type: ignore[method-assign]
+        Trainer._train_step = whole  # type: ignore[method-assign]
 
 
 def run_twice(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]]:

@@ -111,8 +111,9 @@ def plan_layout(config: RunConfig, world_size: int, divided: Mapping[str, int], 
     _check_combination(name, tensor, pipeline, world_size)
     for what, size in divided.items():
         if size % tensor:
-            valid = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
-            raise ConfigError(f"tp={tensor}", f"it does not divide {what}={size}", f"Valid: {valid}")
+            valid = [n for n in range(1, size + 1) if not any(other % n for other in divided.values())]
+            found = f"it does not divide {what}={size}"
+            raise ConfigError(f"tp={tensor}", found, f"Valid: {', '.join(map(str, valid))}")
     if pipeline > num_layers:
         found = f"the model has {num_layers} layers, embedding and head included"
         raise ConfigError(f"pp={pipeline}", found, f"Valid: 1 to {num_layers}")
@@ -171,6 +172,9 @@ def _check_options(config: RunConfig, layout: Layout) -> None:
         found = f"tp={layout.tensor}, train.checkpoint_activations={train.checkpoint_activations}"
         do = "It needs tp above 1 and train.checkpoint_activations=True"
         raise ConfigError("parallel.partition_activations=True", found, do)
+    if parallel.partition_activations and parallel.sequence_parallel:
+        found = "with sequence_parallel=True every tensor rank keeps its own rows only already"
+        raise ConfigError("parallel.partition_activations=True", found, "Leave one of the two out")
     if parallel.deepspeed_config and layout.strategy not in ZERO_STAGE:
         found = f"{layout.strategy} does not use DeepSpeed"
         raise ConfigError(f"parallel.deepspeed_config={parallel.deepspeed_config}", found, "Leave it out")

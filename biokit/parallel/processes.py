@@ -23,7 +23,8 @@ from biokit.errors import EngineError, RunError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 WAIT_S, MEET_S = 0.05, 0.005
-_runs = itertools.count()  # torchrun's store outlives a run; the keys in it are of one run only
+_runs = itertools.count()  # a store outlives a run; the keys in it are of one run only
+_last_store: dict[tuple[str, str, int], dist.Store] = {}  # by address, port and world size: a port serves one store
 # gloo groups of the last run. A group that goes while one of its threads still lets a tensor go waits for that thread,
 # which waits for Python's lock: so they stay until the next run, when their threads have long been idle.
 _ended_groups: list[Any] = []
@@ -201,7 +202,7 @@ def _join(device: torch.device, timeout_s: float, rank: int, world_size: int) ->
     limit = dt.timedelta(seconds=timeout_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+        store = dist.PrefixStore(f"biokit run {next(_runs)}", _find_store(limit, world_size))
         store.set_timeout(limit)
         dist.init_process_group(backend, store=store, timeout=limit, rank=rank, world_size=world_size)
         group = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=limit)
@@ -211,11 +212,21 @@ def _join(device: torch.device, timeout_s: float, rank: int, world_size: int) ->
         do = "Check that all were started, on a free port; where nodes have several networks, set GLOO_SOCKET_IFNAME"
         raise EngineError("the processes of a run", found, do) from error
     try:
-        yield Processes(rank, world_size, device, group, dist.PrefixStore(f"biokit {next(_runs)}", store))
+        yield Processes(rank, world_size, device, group, dist.PrefixStore("agreed", store))
         dist.barrier(group=group)  # without it ranks that end early take their peers with them
     finally:
         _ended_groups[:] = [group]
         dist.destroy_process_group()
+
+
+def _find_store(limit: dt.timedelta, world_size: int) -> dist.Store:
+    """The store at the launcher's address; that of the run before, where this process goes on in the same launch."""
+    key = (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], world_size)
+    if key not in _last_store:
+        store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+        _last_store.clear()
+        _last_store[key] = store
+    return _last_store[key]
 
 
 def _own_device(device: torch.device) -> torch.device:
