@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -111,6 +112,7 @@ def save_checkpoint(
     """
     final = folder.checkpoint_dir(step)
     if final.exists():
+        read_manifest(final)  # one that is there is this step's, whole
         return final
     partial = final.with_name(f"{PARTIAL}{final.name}-{os.getpid()}")
     try:
@@ -119,7 +121,9 @@ def save_checkpoint(
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial / name)
         (partial / STATE).write_text(json.dumps(dict(state), sort_keys=True))
         (partial / VOCABULARY).write_text(vocabulary, encoding="utf-8")
-        files = {name: describe_file(partial / name) for name in FILES}
+        with ThreadPoolExecutor() as pool:
+            entries = pool.map(describe_file, [partial / name for name in FILES])
+            files = dict(zip(FILES, entries, strict=True))
         manifest = {"format": FORMAT, "step": step, "files": files, **about}
         (partial / MANIFEST).write_text(_sealed(manifest))
         for path in [*partial.iterdir(), partial]:
@@ -209,8 +213,17 @@ def remove_surplus(folder: RunFolder, keep_last: int, keep_best: int, metric: st
         path = folder.checkpoint_dir(step)
         doomed = path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}")
         path.rename(doomed)  # under its own name a checkpoint is whole or not there
-        shutil.rmtree(doomed, ignore_errors=True)  # what is left of it goes when the run is started again
+        with contextlib.suppress(OSError):  # what is left of it goes when the run is started again
+            _remove(doomed)
     return surplus
+
+
+def _remove(path: Path) -> None:
+    """A folder with all in it, or a link or file (what a link points at stays)."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _noted_metric(path: Path, metric: str) -> float | None:
@@ -269,6 +282,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {path}", f"its manifest does not name {', '.join(FILES)}", "Restore the folder from a copy"
         )
+    name = re.fullmatch(r"step_(\d+)", path.resolve().name if path.is_symlink() else path.name)
+    if name and int(name.group(1)) != manifest.get("step"):
+        found = f"it was made at step {manifest.get('step')}"
+        raise CheckpointError(f"checkpoint {path}", found, "Give the folder its own name again, or move it away")
     seal = manifest.pop(SEAL, None)
     if seal is None or _sealed(manifest) != text:
         raise CheckpointError(f"checkpoint {path}", "its manifest is altered", "Restore the folder from a copy")
@@ -308,7 +325,7 @@ def newest_checkpoint(folder: RunFolder) -> Path | None:
 def remove_partial(folder: RunFolder) -> None:
     """Remove what killed saves left behind."""
     for path in folder.checkpoints.glob(f"{PARTIAL}*"):
-        shutil.rmtree(path)
+        _remove(path)
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from biokit.errors import ConfigError
-from biokit.schema import bounded, build, choice, leaf_types, nearest_key
+from biokit.schema import bounded, build, choice, leaf_types, list_divisors, nearest_key
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 OTHER_NAMES = {  # what other systems call a key; used only to name the right one in an error
@@ -80,7 +80,7 @@ class ModelConfig:
 
     name: str = "molbart"
     preset: str = "mini"
-    num_layers: int = bounded(0, 0)  # a side
+    num_layers: int = bounded(0, 0, 10_000)  # a side
     hidden_size: int = bounded(0, 0)
     num_attention_heads: int = bounded(0, 0)
     ffn_hidden_size: int = bounded(0, 0)
@@ -121,7 +121,7 @@ class TrainConfig:
     early_stopping_patience: int = bounded(0, 0)  # evaluations without a better val loss; 0: off
     tensorboard: bool = True
     progress: bool = True
-    num_threads: int = bounded(0, 0)  # 0: torch's choice
+    num_threads: int = bounded(0, 0, 1024)  # 0: torch's choice
     device: str = choice("auto", "auto", "cpu", "cuda")
 
 
@@ -308,6 +308,8 @@ def _merge(base: Mapping[str, Any], alias: Mapping[str, Any], where: str) -> dic
 def _validate(config: RunConfig, where: str) -> None:
     """Relations between keys that a single key's bounds cannot express."""
     train, data = config.train, config.data
+    if not config.run_dir.strip():
+        raise ConfigError(where, "run_dir is empty", "Give a folder for the run, e.g. runs/mine")
     if train.early_stopping_patience and not train.eval_interval:
         found = f"train.early_stopping_patience={train.early_stopping_patience} with train.eval_interval=0"
         raise ConfigError(where, f"{found} would never be looked at", "Give eval_interval, e.g. 100")
@@ -318,12 +320,11 @@ def _validate(config: RunConfig, where: str) -> None:
     if train.min_lr > train.lr:
         raise ConfigError(where, f"train.min_lr={train.min_lr} exceeds train.lr={train.lr}", "Give min_lr <= lr")
     if train.global_batch_size % train.micro_batch_size:
-        divisors = [n for n in range(1, train.global_batch_size + 1) if train.global_batch_size % n == 0]
         raise ConfigError(
             where,
             f"train.micro_batch_size={train.micro_batch_size} does not divide "
             f"train.global_batch_size={train.global_batch_size}",
-            f"Valid micro batches: {', '.join(map(str, divisors))}",
+            f"Valid micro batches: {', '.join(map(str, list_divisors(train.global_batch_size)))}",
         )
     if 0 < data.max_tokens < data.max_length:
         raise ConfigError(

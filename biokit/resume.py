@@ -69,19 +69,21 @@ def check_fits(path: Path, saved: Checkpoint, config: RunConfig, ours: Mapping[s
         ConfigError: a configuration that differs where it must not, or a step beyond the last one.
     """
     asked = f"resume from {path}"
-    for key, what in (("vocab_hash", "another vocabulary"), ("data_hash", "other molecules")):
-        unknown = key == "data_hash" and saved.manifest.get(key) == ""  # another program's checkpoint
-        if not unknown and saved.manifest.get(key) != ours[key]:
-            raise CheckpointError(asked, f"it was made with {what}", "Give the run its own data, or another run_dir")
     made_with = config_from_dict(saved.manifest["config"], where=f"{path}")
     old, new = flatten(config_to_dict(made_with)), flatten(config_to_dict(config))
     differing = [key for key in new if key.startswith(FIXED) and not key.startswith(FREE) and old[key] != new[key]]
     if differing:
         changes = ", ".join(f"{key}: {old[key]} -> {new[key]}" for key in differing)
         raise ConfigError(asked, f"the configuration differs ({changes})", "Undo the change, or give another run_dir")
+    for key, what in (("vocab_hash", "another vocabulary"), ("data_hash", "other molecules")):
+        unknown = key == "data_hash" and saved.manifest.get(key) == ""  # another program's checkpoint
+        if not unknown and saved.manifest.get(key) != ours[key]:
+            raise CheckpointError(asked, f"it was made with {what}", "Give the run its own data, or another run_dir")
     step, wanted = saved.state["step"], config.train.train_iters
-    if step > wanted:
-        raise ConfigError(asked, f"it is at step {step}, beyond train.train_iters={wanted}", "Raise train_iters")
+    own_run = path.parent == RunFolder(config.run_dir).checkpoints
+    if step > wanted or (step == wanted and not own_run):
+        at = "beyond" if step > wanted else "at the end:"
+        raise ConfigError(asked, f"it is at step {step}, {at} train.train_iters={wanted}", "Raise train_iters")
     check_tensors(path, saved.model.forms(), strategy.template)
     if len(saved.optimizer):  # one of weights only starts with fresh moments
         check_tensors(path, saved.optimizer.forms(), strategy.optimizer_template())

@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -88,7 +88,8 @@ class RunFolder:
     def checkpoint_steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending. Unfinished ones bear another name and do not count."""
         found = (p.name.removeprefix("step_") for p in self.checkpoints.glob("step_*") if p.is_dir())
-        return sorted(int(name) for name in found if name.isdigit())
+        steps = sorted(int(name) for name in found if name.isascii() and name.isdecimal())
+        return [step for step in steps if self.checkpoint_dir(step).is_dir()]  # other spellings are not ours
 
     def request_stop(self) -> None:
         """Ask the run to save a checkpoint at the next step boundary and end."""
@@ -142,9 +143,9 @@ class RunFolder:
         """Replace `manifest.json`."""
         write_atomically(self.manifest_file, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
-    def write_deepspeed_config(self, config: dict[str, Any]) -> None:
+    def write_deepspeed_config(self, config: Mapping[str, Any]) -> None:
         """Replace `ds_config.json`."""
-        write_atomically(self.deepspeed_file, json.dumps(config, indent=1) + "\n")
+        write_atomically(self.deepspeed_file, json.dumps(dict(config), indent=1) + "\n")
 
     def read_manifest(self) -> dict[str, Any]:
         """The manifest: status (`running`, `finished`, `stopped`, `failed`), step, versions, hashes.
@@ -168,13 +169,20 @@ class RunFolder:
         return manifest
 
     def read_metrics(self, rank: int = 0) -> list[dict[str, Any]]:
-        """All whole metrics lines of a rank, oldest first; a torn last line (killed writer) is left out."""
+        """All whole metrics lines of a rank, oldest first.
+
+        A torn last line (killed writer) is left out, and so are lines that a crash of the machine has made unreadable.
+        """
         try:
             raw = self.metrics_file(rank).read_bytes()
         except FileNotFoundError:
             return []
         whole = raw[: raw.rfind(b"\n") + 1]
-        return [json.loads(line) for line in whole.splitlines() if line.strip()]
+        lines = []
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+        return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 
 class MetricsWriter:

@@ -116,3 +116,9 @@ def nearest_key(key: str, keys: list[str], other_names: Mapping[str, str]) -> st
         leaves = {k.rsplit(".", 1)[-1]: k for k in keys}
         close = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.5)]
     return f'Did you mean "{close[0]}"?' if close else f"Valid keys: {', '.join(keys)}"
+
+
+def list_divisors(number: int) -> list[int]:
+    """All divisors of a number above 0, ascending."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})

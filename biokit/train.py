@@ -14,9 +14,9 @@ from typing import Any
 
 from biokit.checkpoint import remove_partial
 from biokit.config import RunConfig, config_to_yaml
-from biokit.errors import BiokitError
+from biokit.errors import BiokitError, ConfigError, RunError
 from biokit.layouts import find_layout
-from biokit.parallel.processes import count_processes, join_processes
+from biokit.parallel.processes import count_processes, is_lost_peer, join_processes
 from biokit.process import choose_device, interrupted_by_sigterm, kept_threads
 from biokit.runs import RunFolder
 from biokit.trainer import Trainer
@@ -40,6 +40,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     layout = find_layout(config, count_processes()[1])
     device = choose_device(config.train.device)
     folder = RunFolder(config.run_dir)
+    if config.load and not Path(config.load).exists():
+        raise ConfigError(f"load={config.load}", "there is no such folder", "Give a checkpoint, a run or layer files")
     with contextlib.ExitStack() as stack:
         if count_processes()[0] == 0:
             folder.create()
@@ -62,11 +64,20 @@ def train(config: RunConfig) -> dict[str, Any]:
                 folder.update_manifest(status="stopped")
             raise
         except BaseException as error:
-            reason = str(error) if isinstance(error, BiokitError) else traceback.format_exc(limit=-3)
+            told = _lost_peer(timeout_s) if is_lost_peer(error) else error
+            reason = str(told) if isinstance(told, BiokitError) else traceback.format_exc(limit=-3)
             with contextlib.suppress(OSError):  # a full disk must not hide the error itself
                 if processes.is_main:
                     folder.update_manifest(status="failed", error=reason)
+            if told is not error:
+                raise told from error
             raise
+
+
+def _lost_peer(timeout_s: float) -> RunError:
+    found = f"another process is gone, or did not answer in {timeout_s:g} s"
+    do = "See the first error of the other ranks; start again: the run goes on from its last checkpoint"
+    return RunError("training", found, do)
 
 
 def _note_preprocessed(config: RunConfig, folder: RunFolder, store_dir: Path) -> dict[str, Any]:

@@ -34,8 +34,8 @@ from biokit.generate import sample_molecules
 from biokit.layouts import model_parts
 from biokit.models import find_model
 from biokit.models.molbart import MolBART
-from biokit.parallel.deepspeed_config import effective_config, read_user_config
-from biokit.parallel.grid import ZERO_STAGE, Layout, deal_micro_batches, resolve_strategy
+from biokit.parallel.deepspeed_config import read_user_config
+from biokit.parallel.grid import Layout, deal_micro_batches, resolve_strategy
 from biokit.parallel.layer_loading import load_layers
 from biokit.parallel.processes import Processes
 from biokit.parallel.strategy import ModelParts, TokenSums, make_strategy
@@ -113,8 +113,8 @@ class Trainer:
         if self.processes.is_main:
             folder.write_config(config_to_yaml(config))
             self._say_notes()
-            if self.layout.strategy in ZERO_STAGE:
-                folder.write_deepspeed_config(effective_config(config, self.layout))
+            if self.strategy.engine_settings:
+                folder.write_deepspeed_config(self.strategy.engine_settings)
             folder.write_manifest(self._manifest("running"))
         self.writer = CheckpointWriter(folder, train.async_save, train.keep_last, train.keep_best, train.best_metric)
         with (
@@ -277,6 +277,7 @@ class Trainer:
             return 0
         with self.processes.together(f"checking {path}"):
             saved = load_checkpoint(path, check=self.processes.is_main)
+        with self.processes.together(f"taking over {path}"):
             check_fits(path, saved, self.config, self.checkpoint_manifest, self.strategy)
         self.check_s = saved.check_s
         self.strategy.load(saved.model, saved.optimizer, saved.state.pop("scaler"))

@@ -191,3 +191,31 @@ def test_tensors_are_read_one_at_a_time(folder):
     assert {name: form.device.type for name, form in saved.model.forms().items()} == dict.fromkeys(MODEL, "meta")
     with pytest.raises(KeyError):
         saved.model["c"]
+
+
+def test_a_folder_that_bears_another_step_is_refused(folder):
+    save(folder, 3).rename(folder.checkpoint_dir(99))
+    with pytest.raises(CheckpointError, match="it was made at step 3"):
+        load_checkpoint(newest_checkpoint(folder))
+    with pytest.raises(CheckpointError, match="it was made at step 3"):
+        save(folder, 99)
+
+
+def test_links_are_removed_as_links(folder, tmp_path):
+    for step in (1, 2, 3):
+        save(folder, step)
+    moved = folder.checkpoint_dir(1).rename(tmp_path / "elsewhere")
+    folder.checkpoint_dir(1).symlink_to(moved)
+    remove_surplus(folder, 1, 0, "val_loss")
+    assert folder.checkpoint_steps() == [3] and (moved / "manifest.json").is_file()
+    (folder.checkpoints / ".partial-link").symlink_to(moved)
+    (folder.checkpoints / ".partial-file").write_text("x")
+    remove_partial(folder)
+    assert not list(folder.checkpoints.glob(".*")) and (moved / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["step_²", "step_6", "step_0000000x"])
+def test_other_names_are_no_checkpoints(folder, name):
+    save(folder, 3)
+    (folder.checkpoints / name).mkdir()
+    assert folder.checkpoint_steps() == [3]

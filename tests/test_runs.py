@@ -111,3 +111,10 @@ def test_metrics_are_json_lines(folder):
     writer.write({"step": 1})
     writer.close()
     assert json.loads(folder.metrics_file().read_text())["step"] == 1
+
+
+def test_lines_that_a_crash_made_unreadable_are_left_out(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.create()
+    folder.metrics_file().write_bytes(b'{"step": 1}\n\0\0\0\0\n{"st\xff\n[1]\n{"step": 2}\n{"step"')
+    assert folder.read_metrics() == [{"step": 1}, {"step": 2}]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from biokit.checkpoint import load_checkpoint, load_model, newest_checkpoint
 from biokit.config import config_from_dict, config_to_dict

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from typing import Any
 
@@ -110,10 +111,15 @@ def test_a_run_goes_on_under_another_layout(single, tmp_path):
 def test_another_run_goes_on_from_its_checkpoint(single, tmp_path):
     _folder, config = single
     source = RunFolder(config.run_dir).checkpoint_dir(4)
-    for name, load in (("by_step", source), ("by_run", config.run_dir)):
+    shorter = tree(config, run_dir=str(tmp_path / "shorter"))
+    shutil.copytree(source, RunFolder(tmp_path / "shorter").checkpoint_dir(4))
+    for name, load in (("by_step", source), ("by_run", shorter["run_dir"])):
         ranks(2).run(run_training, tree(config, run_dir=str(tmp_path / name), strategy="DDP", load=str(load)))
-        step = 4 if name == "by_step" else 6
-        assert near(losses(tmp_path / name), losses(config.run_dir)[step:])
+        assert near(losses(tmp_path / name), losses(config.run_dir)[4:])
+    with pytest.raises(BiokitError, match=r"at the end: train\.train_iters=6\. Raise"):
+        train(config_from_dict(tree(config, run_dir=str(tmp_path / "none"), load=config.run_dir)))
+    with pytest.raises(BiokitError, match="there is no such folder"):
+        train(config_from_dict(tree(config, run_dir=str(tmp_path / "none"), load=str(tmp_path / "nothing"))))
     with pytest.raises(BiokitError, match="neither a checkpoint nor a run"):
         train(config_from_dict(tree(config, run_dir=str(tmp_path / "none"), load=str(tmp_path))))
 

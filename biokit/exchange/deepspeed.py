@@ -31,6 +31,8 @@ from biokit.exchange.source import (
     Piece,
     Pieces,
     Source,
+    check_number,
+    check_values,
     match_names,
     one_value,
     raise_faults,
@@ -158,6 +160,8 @@ def _check_states(listing: Listing, states: Mapping[tuple[int, int], Mapping[str
 def _check_complete(
     folder: Path, files: Mapping[tuple[int, int], Path], num_first: int, num_second: int, what: str
 ) -> None:
+    said = f"{num_first} x {num_second} of {what.format('i', 'j')}"
+    check_number(folder, len(files), num_first * num_second, said)
     wanted = {(first, second) for first in range(num_first) for second in range(num_second)}
     faults = [f"missing {what.format(*key)}" for key in sorted(wanted - set(files))]
     faults += [f"foreign {files[key].name}" for key in sorted(set(files) - wanted)]
@@ -186,6 +190,7 @@ def _read_weights(
         own = _own_names((f"{prefix}{key}" for key in tensors), blueprint, bool(prefix), str(path))
         for key, value in tensors.items():
             if name := own.get(f"{prefix}{key}"):
+                check_values(path, key, value)
                 read = partial(_own_order, blueprint, name, version, value.detach)
                 piece = Piece(path.name.removesuffix("_states.pt"), tuple(value.shape), read)
                 pieces.setdefault(name, []).append(piece)

@@ -32,6 +32,8 @@ from biokit.exchange.source import (
     Piece,
     Pieces,
     Source,
+    check_number,
+    check_values,
     count_entries,
     one_value,
     raise_faults,
@@ -113,6 +115,7 @@ def write_megatron(source: Source, folder: Path, tensor: int, pipeline: int, ver
             path = iteration / rank_folder(rank, stage, pipeline) / RANK_FILE
             path.parent.mkdir(parents=True)
             saved = _rank_dict(source, names, parameters, (rank, tensor), version)
+            saved["biokit"] |= {"tensor_rank": rank, "pipeline_rank": stage}
             saved["args"] = _args(source, tensor, pipeline)
             _save(saved, path)
             for written in (path, path.parent):
@@ -132,7 +135,7 @@ def _save(saved: dict[str, Any], path: Path) -> None:
 def _rank_dict(
     source: Source, names: MegatronNames, parameters: list[str], rank: tuple[int, int], version: float
 ) -> dict[str, Any]:
-    """What one rank's file holds, less `args`. A piece is a copy: a view would be saved with its whole storage."""
+    """What one rank's file holds, less `args` and its ranks. A piece is a copy: a view would be saved with its whole storage."""
     blueprint, (part, num_parts) = source.blueprint, rank
 
     def piece(kind: str, name: str) -> torch.Tensor:
@@ -240,14 +243,25 @@ def _read_ranks(folder: Path) -> dict[str, dict[str, Any]]:
     first = load_safely(folder / min(there) / RANK_FILE)
     args = _plain_args(folder / min(there) / RANK_FILE, first)
     tensor, pipeline = (args[f"{kind}_model_parallel_size"] for kind in ("tensor", "pipeline"))
-    wanted = [rank_folder(rank, stage, pipeline) for stage in range(pipeline) for rank in range(tensor)]
+    check_number(folder, len(there), tensor * pipeline, f"tp{tensor} x pp{pipeline}")
+    wanted = {rank_folder(rank, stage, pipeline): (rank, stage) for stage in range(pipeline) for rank in range(tensor)}
     missing = [name for name in wanted if not (folder / name / RANK_FILE).is_file()]
     foreign = sorted(there - set(wanted))
     if missing or foreign:
         faults = [f"missing {name}/{RANK_FILE}" for name in missing] + [f"foreign {name}" for name in foreign]
         found = f"its files say tp{tensor} x pp{pipeline}, but: {list_faults(faults)}"
         raise CheckpointError(asked, found, "Restore the missing ranks, and move those of another layout away")
-    return {name: first if name == min(there) else load_safely(folder / name / RANK_FILE) for name in wanted}
+    files = {name: first if name == min(there) else load_safely(folder / name / RANK_FILE) for name in wanted}
+    for name, saved in files.items():
+        _check_place(folder / name / RANK_FILE, saved.get("biokit"), wanted[name])
+    return files
+
+
+def _check_place(path: Path, extra: Any, place: tuple[int, int]) -> None:
+    """Compare a file's own ranks with those of its folder's name; other programs do not write them."""
+    for key, rank in zip(("tensor_rank", "pipeline_rank"), place, strict=True):
+        if isinstance(extra, Mapping) and extra.get(key, rank) != rank:
+            raise CheckpointError(f"file {path}", f"it is of {key} {extra[key]}", f"Restore the file of {key} {rank}")
 
 
 def _read_step(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> int:
@@ -306,7 +320,8 @@ def _collect_pieces(
         found = {WEIGHT: _tensors(folder / file, saved.get("model"))}
         if optimizer and saved.get("optimizer") is not None:
             found |= _read_moments(folder / file, saved["optimizer"])
-        raise_faults(folder / file, [f"extra {key}" for key in found[WEIGHT] if key not in own_names])
+        extra = {key: None for tensors in found.values() for key in tensors if key not in own_names}
+        raise_faults(folder / file, [f"extra {key}" for key in extra])
         for kind, tensors in found.items():
             for key, tensor in tensors.items():
                 name = own_names[key]
@@ -330,6 +345,7 @@ def _tensors(path: Path, found: Any) -> dict[str, torch.Tensor]:
         if isinstance(value, Mapping):
             flat |= {f"{key}.{inner}": tensor for inner, tensor in _tensors(path, value).items()}
         elif isinstance(value, torch.Tensor):
+            check_values(path, str(key), value)
             flat[str(key)] = value
         elif not str(key).endswith("_extra_state"):
             raise CheckpointError(f"file {path}", f"{key} is a {type(value).__name__}, no tensor", "Restore the file")
@@ -353,7 +369,14 @@ def _read_moments(path: Path, section: Mapping[str, Any]) -> dict[str, dict[str,
             state = section["state"].get(index, {})
             raise_faults(path, [f"missing {moment} of {name}" for moment in MOMENTS if moment not in state])
             for moment in MOMENTS:
-                moments[moment][name] = torch.as_tensor(state[moment])
+                value = state[moment]
+                if moment == "step" and isinstance(value, int | float):
+                    value = torch.tensor(float(value))
+                if not isinstance(value, torch.Tensor):
+                    found = f"{moment} of {name} is a {type(value).__name__}, no tensor"
+                    raise CheckpointError(f"file {path}", found, "Restore the file")
+                check_values(path, f"{moment} of {name}", value)
+                moments[moment][name] = value
     return moments
 
 

@@ -20,6 +20,7 @@ from biokit.parallel.cuts import WHOLE, Cut, cut_tensor, find_cut, join_tensors
 from biokit.parallel.strategy import MOMENTS, ModelParts
 
 WEIGHT = "weight"
+MOST_MISSING = 1000  # files; beyond that they are counted, not looked for
 KINDS = (WEIGHT, *MOMENTS)  # what there is of a parameter
 
 
@@ -210,6 +211,33 @@ def raise_faults(where: str | Path, faults: Sequence[str]) -> None:
             f"its tensors do not fit the model: {list_faults(faults)}",
             "Use the configuration that the checkpoint was made with",
         )
+
+
+def check_number(where: str | Path, num_found: int, num_wanted: int, said: str) -> None:
+    """Refuse a layout that has far more files than are there, before each is looked for: a number may be a wrong one.
+
+    Args:
+        said: what the files say of their layout.
+
+    Raises:
+        CheckpointError: more files are missing than are worth looking for.
+    """
+    if num_wanted > num_found + MOST_MISSING:
+        found = f"its files say {said}, which is {num_wanted} files, and {num_found} are there"
+        raise CheckpointError(f"checkpoint {where}", found, "Restore it from a copy")
+
+
+def check_values(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor that cannot be cut, joined and widened to fp32 as a parameter is.
+
+    Raises:
+        CheckpointError: it is sparse, nested, without storage, or of integers or complex numbers.
+    """
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+    if not plain or not tensor.is_floating_point():
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        found = f"{name} is a {kind} tensor of {str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
+        raise CheckpointError(f"file {path}", found, "Save it as a dense floating-point tensor")
 
 
 def one_value(values: Mapping[str, Any], what: str, path: Path) -> Any:

@@ -17,7 +17,7 @@ import torch
 
 from biokit.errors import CheckpointError
 from biokit.exchange.safe_load import load_safely
-from biokit.exchange.source import WEIGHT, Piece, one_value
+from biokit.exchange.source import WEIGHT, Piece, check_values, one_value
 
 WEIGHTS_ONLY = "Take the weights alone: optimizer=False (--no-optimizer)"
 Shapes = Sequence[Mapping[str, torch.Size]]
@@ -40,7 +40,7 @@ def read_shares(
     sections = {rank: _section(paths[rank]) for rank in sorted(paths)}
     said = {paths[rank].name: _largest(section.get("partition_count")) for rank, section in sections.items()}
     num_ranks = one_value(said, "partition_count", folder)
-    if list(sections) != list(range(num_ranks)):
+    if len(sections) != num_ranks or list(sections) != list(range(len(sections))):
         found = f"it has the optimizer states of data ranks {', '.join(map(str, sections))} of {num_ranks}"
         raise CheckpointError(f"checkpoint {folder}", found, "Restore the missing ones, and move foreign ones away")
     stages = {paths[rank].name: section.get("zero_stage") for rank, section in sections.items()}
@@ -127,6 +127,8 @@ def _flats(path: Path, section: Mapping[str, Any], kind: str) -> list[torch.Tens
             "no fp32 weights" if kind == WEIGHT else f"no {kind} of AdamW (none yet, offloaded, or another optimizer)"
         )
         raise CheckpointError(f"file {path}", f"it holds {what}", WEIGHTS_ONLY)
+    for tensor in found:
+        check_values(path, f"a flat {kind}", tensor)
     return [tensor.reshape(-1) for tensor in found]
 
 

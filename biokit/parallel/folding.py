@@ -72,7 +72,10 @@ def fold_layers(
 
 def _seeded(layer: nn.Module, seed: int) -> Callable[[Any], Any]:
     def run(carry: Any) -> Any:
-        torch.manual_seed(seed & (2**63 - 1))
+        # not torch.manual_seed: without CUDA it formats a traceback for each kind of device, at every layer
+        torch.default_generator.manual_seed(seed & (2**63 - 1))
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed(seed & (2**63 - 1))
         return layer(carry)
 
     return run

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from biokit.config import RunConfig
 from biokit.errors import ConfigError
+from biokit.schema import list_divisors
 
 DATA_PARALLEL = ("DDP", "Zero1", "Zero2", "Zero3", "ZeroInf")
 STAGED = ("Pipeline", "ThreeD")
@@ -111,9 +112,9 @@ def plan_layout(config: RunConfig, world_size: int, divided: Mapping[str, int], 
     _check_combination(name, tensor, pipeline, world_size)
     for what, size in divided.items():
         if size % tensor:
-            valid = [n for n in range(1, size + 1) if not any(other % n for other in divided.values())]
+            common = [n for n in list_divisors(size) if not any(other % n for other in divided.values())]
             found = f"it does not divide {what}={size}"
-            raise ConfigError(f"tp={tensor}", found, f"Valid: {', '.join(map(str, valid))}")
+            raise ConfigError(f"tp={tensor}", found, f"Valid: {', '.join(map(str, common))}")
     if pipeline > num_layers:
         found = f"the model has {num_layers} layers, embedding and head included"
         raise ConfigError(f"pp={pipeline}", found, f"Valid: 1 to {num_layers}")
@@ -153,7 +154,7 @@ def _check_batches(config: RunConfig, layout: Layout) -> None:
         return  # a batch has as many samples as fit: the rest of a division is made up with empty micro-batches
     micro = train.micro_batch_size * layout.data
     if train.global_batch_size % micro:
-        valid = [b for b in range(1, train.global_batch_size + 1) if train.global_batch_size % (b * layout.data) == 0]
+        valid = [b for b in list_divisors(train.global_batch_size) if train.global_batch_size % (b * layout.data) == 0]
         found = f"micro_batch_size={train.micro_batch_size} x {layout.data} data ranks does not divide it"
         near = -(-train.global_batch_size // micro) * micro
         do = f"Valid micro batches: {', '.join(map(str, valid)) or 'none'}; or give global_batch_size={near}"

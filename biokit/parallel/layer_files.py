@@ -77,10 +77,11 @@ def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 def read_index(directory: Path) -> dict[str, Any] | None:
     """The index of a folder of layer files; None where it has none.
 
-    Each entry of `layers` has `name`, `file`, `bytes`, `sha256` and `tensors`: tensors by name, without storage.
+    `sizes` are the resolved ones of the model. Each entry of `layers`, in order, has `name`, `file`, `bytes`, `sha256`
+    and `tensors`: tensors by name, without storage.
 
     Raises:
-        CheckpointError: it cannot be read, or is of another kind.
+        CheckpointError: it cannot be read, is of another kind, or lists no layers or files by other names.
     """
     path = directory / INDEX
     if not path.exists():
@@ -89,13 +90,19 @@ def read_index(directory: Path) -> dict[str, Any] | None:
         index = json.loads(path.read_text(encoding="utf-8"))
         if index["format"] != FORMAT:
             raise ValueError(f"its format is {index['format']}, not {FORMAT}")
-        for entry in index["layers"]:
-            entry["file"], entry["name"], entry["bytes"], entry["sha256"]
+        if not isinstance(index["layers"], list) or not index["layers"]:
+            raise ValueError("it lists no layers")
+        if not isinstance(index.get("sizes", {}), dict) or not isinstance(index.get("tied", {}), dict):
+            raise ValueError("its sizes or tied are no mapping")
+        for position, entry in enumerate(index["layers"]):
+            entry["name"], entry["bytes"], entry["sha256"]
+            if entry["file"] != layer_file_name(position):
+                raise ValueError(f"the file of layer {position} is {entry['file']!r}, not {layer_file_name(position)}")
             entry["tensors"] = {
                 key: torch.empty(form["shape"], dtype=getattr(torch, form["dtype"]), device="meta")
                 for key, form in entry["tensors"].items()
             }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"index {path}", f"it cannot be used ({error!r})", SPLIT_AGAIN) from error
     return index
 
@@ -108,9 +115,9 @@ def find_layer_files(directory: Path, layer_names: Sequence[str]) -> list[Path]:
     """
     asked = f"layer files in {directory}"
     found = {path.name for path in directory.glob("model.layers.*") if FILE_NAME.fullmatch(path.name)}
-    suffix = ".pt" if layer_file_name(0, ".pt") in found else ".safetensors"
-    expected = [layer_file_name(position, suffix) for position in range(len(layer_names))]
     index = read_index(directory)
+    suffix = ".pt" if index is None and layer_file_name(0, ".pt") in found else ".safetensors"
+    expected = [layer_file_name(position, suffix) for position in range(len(layer_names))]
     if index is not None and [entry["name"] for entry in index["layers"]] != list(layer_names):
         theirs, ours = [
             f"{len(names)} layers, {names[0]} to {names[-1]}"

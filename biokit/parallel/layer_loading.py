@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from biokit.errors import CheckpointError, ConfigError, list_faults
 from biokit.parallel.cuts import describe_form
-from biokit.parallel.layer_files import Share, find_layer_files, open_layer_file, read_index
+from biokit.parallel.layer_files import SPLIT_AGAIN, Share, find_layer_files, open_layer_file, read_index
 from biokit.parallel.lora import LoraConfig, set_trainable
 from biokit.parallel.strategy import ModelParts
 
@@ -45,23 +46,29 @@ def load_layers(
     lora: LoraConfig | None = None,
     new_num_tokens: int = 0,
     vocabulary_hash: str = "",
+    sizes: Mapping[str, Any] | None = None,
 ) -> ModelParts:
     """The same model with every layer built from its file in a folder; what a strategy does with it does not change.
+
+    Shapes do not say how many heads a fused projection holds: the index does. A folder without one (state dicts that
+    another program saved) cannot be checked for that; its heads must be the model's, in biokit's order of rows.
 
     Args:
         parts: built for `new_num_tokens` where that is given.
         lora_mode: `full`, `lora` or `freeze`; see `biokit.parallel.lora`.
         new_num_tokens: rows of token tables and output projections; new ones begin as the mean of the old ones.
         vocabulary_hash: of the run; compared with the index where no tokens are added.
+        sizes: the run's resolved ones (`ModelSpec.resolve`); compared with the index.
 
     Raises:
-        CheckpointError: files that are missing, too many, or of another model or vocabulary.
+        CheckpointError: files that are missing, too many, or of another model, sizes or vocabulary.
         ConfigError: a mode that does not exist, or adapters that would stand nowhere.
     """
     lora = lora or LoraConfig()
     names = [name for name, _ in parts.layers]
     paths = dict(zip(names, find_layer_files(directory, names), strict=True))
     sources = {name: _find_source(parts, paths, name, new_num_tokens) for name in names}
+    _check_model(parts, directory, sizes or {})
     _check_index(parts, directory, sources, "" if new_num_tokens else vocabulary_hash)
     layers = [(name, partial(_build_trainable, make, sources[name], lora_mode, lora)) for name, make in parts.layers]
     with torch.device("meta"):
@@ -172,6 +179,24 @@ def _find_source(parts: ModelParts, paths: Mapping[str, Path], layer: str, new_n
             owner = next(one for one in paths if earlier.startswith(f"{one}."))
             tied[name[len(layer) + 1 :]] = (paths[owner], earlier[len(owner) + 1 :])
     return LayerSource(paths[layer], Share(parts.plan, layer, new_num_tokens=new_num_tokens), tied)
+
+
+def _check_model(parts: ModelParts, directory: Path, sizes: Mapping[str, Any]) -> None:
+    """What the index says of the model and no shape shows: a fused projection is as tall with any number of heads."""
+    index = read_index(directory)
+    if index is None:
+        return
+    theirs = index.get("sizes", {})
+    faults = [
+        f"{key} is {theirs.get(key, 'not said')}, the run's is {size}"
+        for key, size in sizes.items()
+        if theirs.get(key) != size
+    ]
+    if index.get("tied", {}) != dict(parts.tied):
+        faults.append(f"tied parameters are {index.get('tied', {})}, the run's are {dict(parts.tied)}")
+    if faults:
+        do = f"Use the model section of the checkpoint that was split, or: {SPLIT_AGAIN}"
+        raise CheckpointError(f"layer files in {directory}", f"they are of another model: {list_faults(faults)}", do)
 
 
 def _check_index(parts: ModelParts, directory: Path, sources: Mapping[str, LayerSource], vocabulary_hash: str) -> None:

@@ -28,7 +28,7 @@ from biokit.parallel.folding import autocast, build_optimizer, checkpoint_layer,
 from biokit.parallel.grid import ZERO_STAGE, Layout
 from biokit.parallel.processes import Processes
 from biokit.parallel.strategy import ModelParts, StepResult, TokenSums
-from biokit.parallel.zero import LossScale, Zero, start_deepspeed
+from biokit.parallel.zero import LossScale, Zero, limit_bucket, start_deepspeed, start_engine
 
 
 class Stage(nn.Module):
@@ -106,7 +106,7 @@ class Staged(Zero):
         self.layout, self.processes, self.config, self.parts = layout, processes, config.train, parts
         self.stage, self.plan, self.template = ZERO_STAGE[layout.strategy], parts.plan, parts.template()
         self.bounds = parts.stage_bounds(layout.pipeline)
-        settings = effective_config(config, layout)
+        self.engine_settings = settings = limit_bucket(effective_config(config, layout), self.template)
         deepspeed = start_deepspeed(processes.device)
         self.tools, self.loaded_step = deepspeed.utils, None
         self.split: Callable[[nn.Module, str, bool], nn.Module] | None = None
@@ -117,9 +117,7 @@ class Staged(Zero):
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its topology
             module = self._build_stage()
             self.optimizer = build_optimizer(self.own, config.train)
-            self.engine, *_ = deepspeed.initialize(
-                model=module, optimizer=self.optimizer, config=settings, dist_init_required=False
-            )
+            self.engine = start_engine(module, self.optimizer, settings, config.parallel.deepspeed_config)
         self.figures: list[torch.Tensor] = []
         self.scale = 0.0
         train = config.train

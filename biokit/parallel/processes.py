@@ -156,6 +156,12 @@ class Processes:
             return [0]
 
 
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error says that another process is gone, or did not answer in time."""
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def count_processes() -> tuple[int, int]:
     """(rank, world size) as the launcher's environment says; (0, 1) without a launcher.
 

@@ -108,6 +108,7 @@ class Strategy(ABC):
     processes: Processes
     config: TrainConfig
     template: dict[str, torch.Tensor]
+    engine_settings: Mapping[str, Any] = {}  # DeepSpeed's configuration; empty where torch works alone
     plan: Mapping[str, str] = {}
 
     @property

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from biokit.config import RunConfig
-from biokit.errors import CheckpointError, EngineError, RunError
+from biokit.errors import CheckpointError, ConfigError, EngineError, RunError
 from biokit.parallel.deepspeed_config import effective_config
 from biokit.parallel.folding import Fold, build_optimizer, move_batch, token_loss
 from biokit.parallel.grid import ZERO_STAGE, Layout
@@ -86,13 +86,12 @@ class Zero(Strategy):
         self.model = parts.build()
         self.parameters = dict(self.model.named_parameters())
         self.template = {name: parameter.detach().to("meta") for name, parameter in self.parameters.items()}
+        self.engine_settings = settings = limit_bucket(settings, self.template)
         self.optimizer = build_optimizer(self.model, config.train)
         fold = Fold(self.model, config.train, processes.device)
         if self.stage == 3:  # cut a parameter at a time: the engine would first move the whole model to the device
             deepspeed.zero.Init(module=fold, config_dict_or_path=settings)
-        self.engine, *_ = deepspeed.initialize(
-            model=fold, optimizer=self.optimizer, config=settings, dist_init_required=False
-        )
+        self.engine = start_engine(fold, self.optimizer, settings, config.parallel.deepspeed_config)
         self.tools, self.gather = deepspeed.utils, deepspeed.zero.GatheredParameters
         self.loaded_step: float | None = None
         train = config.train
@@ -285,6 +284,30 @@ def start_deepspeed(device: torch.device) -> Any:
     groups._release_process_group_references()  # those of an earlier run in this process are gone
     deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
     return deepspeed
+
+
+def limit_bucket(settings: dict[str, Any], template: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """No larger a bucket of gradients than the model fills: stage 3 holds it for ever, whatever the model."""
+    group = settings["zero_optimization"]
+    group["reduce_bucket_size"] = min(group["reduce_bucket_size"], sum(weight.numel() for weight in template.values()))
+    return settings
+
+
+def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], user_file: str) -> Any:
+    """DeepSpeed's engine; what it refuses in a user's own file is told as such.
+
+    Raises:
+        ConfigError: a value in `user_file` that DeepSpeed does not take.
+    """
+    import deepspeed
+
+    try:
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+    except (ValueError, TypeError, ImportError) as error:  # pydantic's ValidationError is a ValueError
+        if not user_file:
+            raise
+        found = f"DeepSpeed does not take a value in it ({' '.join(str(error).split())[:300]})"
+        raise ConfigError(user_file, found, "Mend the value, or leave it out") from error
 
 
 def prepare_nvme(folder: Path, processes: Processes) -> None:
