@@ -301,7 +301,8 @@ class Trainer:
     def _model_parts(self) -> ModelParts:
         parts = model_parts(self.config, self.tokenizer.vocab_size, self.tokenizer.pad_id)
         if self.start.layers is not None:
-            return load_layers(parts, self.start.layers, vocabulary_hash=self.tokenizer.hash)
+            sizes = {"name": self.spec.name, **self.spec.resolve(self.config.model)}
+            return load_layers(parts, self.start.layers, vocabulary_hash=self.tokenizer.hash, sizes=sizes)
         return parts
 
     def _manifest(self, status: str) -> dict[str, Any]:

@@ -76,6 +76,12 @@ def read_by_deepspeed(tree: dict[str, Any], data_size: int, monkeypatch: pytest.
     return DeepSpeedConfig(tree)
 
 
+def test_a_byte_order_mark_is_not_part_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "ds_config.json"
+    path.write_text(json.dumps({"prescale_gradients": False}), encoding="utf-8-sig")
+    assert read_user_config(path) == ({"prescale_gradients": False}, [])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_deepspeed_accepts_what_biokit_makes(layout: Layout, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:

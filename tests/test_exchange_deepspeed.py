@@ -280,6 +280,42 @@ def test_missing_files_are_named(copy, form, file, words):
         open_source(folder, small_config(), True)
 
 
+@pytest.mark.parametrize(
+    ("form", "key", "words"),
+    [
+        ("zero1", "mp_world_size", f"which is {10**12} files, and 1 are there"),
+        ("zero3", "dp_world_size", f"which is {10**12} files, and 2 are there"),
+    ],
+)
+def test_impossible_numbers_of_ranks_are_refused_at_once(copy, form, key, words):
+    folder, tag = copy(form)
+    for path in tag.glob("*_model_states.pt"):
+        torch.save({**torch.load(path, weights_only=False), key: 10**12}, path)
+    with pytest.raises(CheckpointError, match=words):
+        open_source(folder, small_config(), True)
+
+
+def test_an_impossible_number_of_shares_is_refused_at_once(copy):
+    folder, tag = copy("zero1")
+    for path in tag.glob("*_optim_states.pt"):
+        saved = torch.load(path, weights_only=False)
+        saved["optimizer_state_dict"]["partition_count"] = 10**12
+        torch.save(saved, path)
+    with pytest.raises(CheckpointError, match=f"data ranks 0, 1 of {10**12}"):
+        open_source(folder, small_config(), True)
+
+
+def test_tensors_that_are_no_dense_numbers_are_named(copy):
+    folder, tag = copy("zero1")
+    path = tag / "mp_rank_00_model_states.pt"
+    saved = torch.load(path, weights_only=False)
+    name = next(name for name in saved["module"] if name.endswith("head.norm.weight"))
+    saved["module"][name] = saved["module"][name].to_sparse()
+    torch.save(saved, path)
+    with pytest.raises(CheckpointError, match=r"mp_rank_00_model_states\.pt.*norm\.weight is a sparse_coo tensor"):
+        open_source(folder, small_config(), True)
+
+
 def test_files_of_another_layout_are_named(copy):
     folder, tag = copy("zero1")
     shutil.copy(tag / "mp_rank_00_model_states.pt", tag / "mp_rank_01_model_states.pt")
@@ -302,6 +338,11 @@ def test_a_wrong_latest(copy, latest):
     assert open_source(tag, small_config(), True).step == STEPS
 
 
+def widen_flat(section):
+    flats = section["single_partition_of_fp32_groups"]
+    flats[0] = flats[0].to(torch.complex64)
+
+
 def change_share(section):
     place = next(iter(section["param_slice_mappings"][0].values()))
     place.numel -= 1
@@ -314,6 +355,7 @@ def change_share(section):
         ("zero1", lambda section: section.pop("param_slice_mappings"), "does not say where each parameter lies"),
         ("zero1", lambda section: section["base_optimizer_state"].pop("state"), "no exp_avg of AdamW"),
         ("zero1", lambda section: section.update(partition_count=[3, 3]), "partition_count is"),
+        ("zero1", widen_flat, "a flat weight is a strided tensor of complex64"),
         ("zero3", lambda section: section["fp32_flat_groups"].pop(), "the share of .* values, of"),
         ("zero3", lambda section: section.update(ds_zero_partition_groups=1), "several process groups"),
     ],

@@ -225,6 +225,19 @@ def retype(saved):
     saved["model"][NORM] = [1.0]
 
 
+def put(tensor):
+    """A change that puts a tensor in the place of a norm's weights."""
+    return lambda saved: saved["model"].update({NORM: tensor})
+
+
+def rename_moments(saved):
+    saved["optimizer"]["param_groups"][0]["param_names"][0] = "more"
+
+
+def put_moment(value, moment="exp_avg"):
+    return lambda saved: saved["optimizer"]["state"][0].update({moment: value})
+
+
 def lengthen(saved):
     saved["model"]["head.tokens.bias"] = torch.zeros(300)
 
@@ -239,6 +252,13 @@ def drop_names(saved):
         (shrink, r"head\.norm\.weight in mp_rank_01_001 is \(31,\) instead of \(32,\)"),
         (lengthen, r"head\.tokens\.bias in mp_rank_01_001 is \(300,\) instead of \(262,\)"),
         (retype, r"mp_rank_01_001/.*head\.norm\.weight is a list"),
+        (put(torch.ones(32).to_sparse()), r"mp_rank_01_001/.*head\.norm\.weight is a sparse_coo tensor of float32"),
+        (put(torch.ones(32, device="meta")), r"mp_rank_01_001/.*head\.norm\.weight is a strided .* on meta"),
+        (put(torch.ones(32, dtype=torch.complex64)), r"mp_rank_01_001/.*head\.norm\.weight is .* of complex64"),
+        (put(torch.ones(32, dtype=torch.int32)), r"mp_rank_01_001/.*head\.norm\.weight is .* of int32"),
+        (put_moment(torch.ones(3).to_sparse()), "mp_rank_01_001/.*exp_avg of .* is a sparse_coo tensor"),
+        (put_moment("five", "step"), "mp_rank_01_001/.*step of .* is a str"),
+        (rename_moments, "mp_rank_01_001.*extra more"),
         (lambda saved: saved["model"].pop(NORM), r"head\.norm\.weight has 1 pieces instead of 2"),
         (lambda saved: saved["model"].update(more=torch.ones(1)), r"mp_rank_01_001.*extra more"),
         (lambda saved: setattr(saved["args"], "num_layers", 3), "args.num_layers is 3 in mp_rank_01_001"),
@@ -255,6 +275,33 @@ def drop_names(saved):
 def test_one_wrong_rank_is_named(copy, change, words):
     alter(copy, change)
     with pytest.raises(CheckpointError, match=words):
+        open_source(copy, None, True)
+
+
+def test_a_step_may_be_a_number(copy):
+    alter(copy, put_moment(5, "step"))
+    source = open_source(copy, None, True)
+    assert all(source.read("step", name) == 5 for name in source.blueprint.template)
+
+
+@pytest.mark.parametrize(
+    ("rank", "other", "words"),
+    [
+        ("mp_rank_01_000", "mp_rank_00_000", "tensor_rank 0: Restore the file of tensor_rank 1"),
+        ("mp_rank_00_000", "mp_rank_00_001", "pipeline_rank 1: Restore the file of pipeline_rank 0"),
+    ],
+)
+def test_a_rank_that_is_a_copy_of_another(copy, rank, other, words):
+    """Of one stage its pieces have the right names and shapes."""
+    shutil.copy(copy / "iter_0000005" / other / RANK_FILE, copy / "iter_0000005" / rank / RANK_FILE)
+    with pytest.raises(CheckpointError, match=rf"{rank}/.*{words.replace(': ', '.*')}"):
+        open_source(copy, None, True)
+
+
+def test_impossible_numbers_of_ranks_are_refused_at_once(copy):
+    sizes = {"tensor_model_parallel_size": 10**12, "pipeline_model_parallel_size": 10**9}
+    alter(copy, lambda saved: vars(saved["args"]).update(sizes), "mp_rank_00_000")
+    with pytest.raises(CheckpointError, match=f"tp{10**12} x pp{10**9}, which is {10**21} files, and 4 are there"):
         open_source(copy, None, True)
 
 

@@ -30,8 +30,11 @@ def refusal(*words: str) -> str:
         (["--train.lr", "1e-3"], "train.lr=1e-3"),
         (["--strategy", "ThreeD"], "strategy=ThreeD"),
         (["--checkpoint-activations"], "train.checkpoint_activations=True"),
-        (["--checkpoint-activations", "false"], "train.checkpoint_activations=false"),
-        (["--checkpoint-activations=no"], "train.checkpoint_activations=no"),
+        (["--checkpoint-activations", "false"], "train.checkpoint_activations=False"),
+        (["--checkpoint-activations", "1"], "train.checkpoint_activations=True"),
+        (["--checkpoint-activations=0"], "train.checkpoint_activations=False"),
+        (["--checkpoint-activations=no"], "train.checkpoint_activations=False"),
+        (["--ifresume", "ON"], "resume=True"),
         (["--mp_size", "2"], "parallel.tensor_model_parallel_size=2"),
         (["--model-parallel-size", "2"], "parallel.tensor_model_parallel_size=2"),
         (["--pp_size=2"], "parallel.pipeline_model_parallel_size=2"),
@@ -39,6 +42,8 @@ def refusal(*words: str) -> str:
         (["--load", "runs/x"], "load=runs/x"),
         (["--batch-size", "8"], "train.micro_batch_size=8"),
         (["--fp16"], "train.precision=fp16"),
+        (["--bf16=True"], "train.precision=bf16"),
+        (["--cpu", "yes"], "train.device=cpu"),
         (["--lr", "-1"], "train.lr=-1"),
     ],
 )
@@ -90,15 +95,48 @@ def test_launchers_flags_are_ignored_with_a_line() -> None:
         (["--mp_size", "2", "--tp-size", "4"],
          "flag --tp-size 4: --mp_size has set parallel.tensor_model_parallel_size to 2. Give one of the two."),
         (["--fp16", "--bf16"], "flag --bf16 bf16: --fp16 has set train.precision to fp16"),
+        (["--save", "a", "run_dir=b"], "run_dir=b: --save has set run_dir to a. Give one of the two."),
+        (["++run_dir=b", "--save", "a"], "flag --save a: run_dir has set run_dir to b. Give one of the two."),
+        (["data.max_tokens=600", "model.data.max_tokens=700"], "model.data.max_tokens=700: data.max_tokens has set"),
+        (["--checkpoint-activations", "maybe"],
+         "flag --checkpoint-activations maybe: it takes True or False. Write --checkpoint-activations alone, or with"),
+        (["--checkpoint-activations=maybe"], "flag --checkpoint-activations maybe: it takes True or False."),
+        (["--checkpoint-activations="], "it takes True or False"),
+        (["--bf16", "2"], "flag --bf16 2: it takes True or False."),
+        (["--bf16=fp32"], "flag --bf16 fp32: it takes True or False."),
+        (["--fp16", "False"],
+         "flag --fp16 False: it does not say what to take instead. Leave --fp16 out, or set train.precision=fp32."),
+        (["--cpu=0"], "flag --cpu 0: it does not say what to take instead. Leave --cpu out, or set train.device=auto."),
     ],
 )  # fmt: skip
 def test_refusals(words: list[str], message: str) -> None:
     assert message in refusal("molbart_mini", *words)
 
 
-def test_a_later_flag_of_the_same_name_wins() -> None:
-    found = plain("molbart_mini", "--lr", "1e-4", "--lr", "1e-3")
-    assert load_config(found[0], found[1:]).train.lr == 1e-3
+def test_a_later_word_of_the_same_name_wins() -> None:
+    for words in (["--lr", "1e-4", "--lr", "1e-3"], ["train.lr=1e-4", "++train.lr=1e-3"]):
+        found = plain("molbart_mini", *words)
+        assert load_config(found[0], found[1:]).train.lr == 1e-3
+
+
+def test_two_names_may_say_the_same() -> None:
+    words = ["--save", "a", "run_dir=a", "--checkpoint-activations", "train.checkpoint_activations=true"]
+    assert load_config("molbart_mini", plain(*words)).run_dir == "a"
+    assert "has set run_dir to 07" in refusal("--save", "07", "run_dir=7")  # text, not numbers
+
+
+def test_a_word_behind_a_switch_is_the_configurations_name_where_none_stands_elsewhere() -> None:
+    assert plain("--bf16", "tiny.yaml", "seed=2") == ["tiny.yaml", "train.precision=bf16", "seed=2"]
+    assert plain("--num-layers", "2", "tiny.yaml") == ["tiny.yaml", "model.num_layers=2"]
+    message = "flag --checkpoint-activations maybe: it takes True or False"
+    assert message in refusal("--bf16", "tiny.yaml", "--checkpoint-activations", "maybe")
+    assert message in refusal("--checkpoint-activations", "maybe", "tiny.yaml")
+
+
+def test_suggestions_are_written_as_flags() -> None:
+    assert "Did you mean --num-layers" in refusal("--num-layerz", "2")
+    assert "--model." not in refusal("--num-layerz", "2")
+    assert "Did you mean --model.num-layers" in refusal("--model.num-layerz", "2")
 
 
 def test_an_ambiguous_name_names_its_keys() -> None:

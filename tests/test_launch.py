@@ -1,8 +1,11 @@
 """`biokit launch` and `run_processes`: what they start, where, and that nothing of it outlives them."""
 
+import json
 import os
+import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,18 +17,22 @@ import psutil
 import pytest
 
 from biokit.__main__ import main
-from biokit.config import RunConfig, config_from_dict, config_to_yaml
+from biokit.config import RunConfig, config_from_dict, config_to_yaml, load_config
 from biokit.errors import ConfigError, RunError
+from biokit.flags import read_flags
 from biokit.launch import torchrun
 from biokit.launch.torchrun import Nodes, plan_launch, run_processes, torchrun_command
+from biokit.layouts import find_layout
 from biokit.runs import RunFolder
 from biokit.train import train
-from tests.small_run import small_config
+from tests.distributed import free_port
+from tests.small_run import small_config, write_smiles
 
 LOSS_BOUND = 4e-6  # 8 ulp of a loss between 4 and 8 (2^-21 each): its terms are summed in another order
 WORDS = ["molbart_mini", "seed=2"]
 RANK = ["-m", "biokit.launch.rank", "train", *WORDS]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+README = Path(__file__).parents[1] / "README.md"
 NAMES = ("GPUS_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
@@ -137,6 +144,92 @@ def test_impossible_layouts_start_nothing(
     with pytest.raises(ConfigError, match="it does not divide num_attention_heads=4"):
         run_processes(config, 8, 10)
     assert not (tmp_path / "r").exists()
+
+
+def test_a_port_that_is_in_use_is_refused_before_torchrun(
+    bare: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[str] = []
+    bare.setattr(os, "execve", lambda path, command, environment: started.append(path))
+    variables = {"MASTER_ADDR": "localhost", "NNODES": "2", "NODE_RANK": "0", "OMP_NUM_THREADS": "1"}
+    words = ["molbart_mini", "--strategy", "DDP", "--cpu", "--batch-size", "16"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        for name, value in {**variables, "MASTER_PORT": str(port)}.items():
+            bare.setenv(name, value)
+        assert main(["launch", *words]) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"biokit: MASTER_PORT={port}: port {port} is in use on this machine. "
+            "Give another MASTER_PORT, the same on every node."
+        )
+        assert main(["launch", *words, "--dry-run"]) == 0
+        assert started == []
+        bare.setenv("NODE_RANK", "1")  # it opens no port
+        assert main(["launch", *words]) == 0
+        for name in ("NNODES", "NODE_RANK"):
+            bare.delenv(name)
+        for rank, status in ((1, 0), (0, 2)):
+            for name, number in {"SIZE": 2, "RANK": rank, "LOCAL_SIZE": 2, "LOCAL_RANK": rank}.items():
+                bare.setenv(f"OMPI_COMM_WORLD_{name}", str(number))
+            assert main(["launch", *words]) == status
+    assert started == [sys.executable] * 2
+    bare.setenv("MASTER_PORT", str(free_port()))
+    assert main(["launch", *words]) == 0
+    assert started == [sys.executable] * 3
+
+
+def readme_lines(*programs: str) -> list[str]:
+    """The lines of README's code blocks that start one of these programs."""
+    blocks = re.findall(r"^```\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if re.match(rf"([A-Z_]+=\S+ +)*({'|'.join(programs)}) ", line)]
+
+
+@pytest.mark.parametrize("line", readme_lines("biokit launch", "torchrun"))
+def test_a_launch_line_of_the_readme_can_be_started(
+    line: str, bare: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = shlex.split(line, comments=True)
+    variables = {"GPUS_PER_NODE": "2"}
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        variables[name] = value
+    if words[0] == "biokit":
+        for name, value in variables.items():
+            bare.setenv(name, value)
+        status = main([*words[1:], "--dry-run", "--cpu"])  # whatever devices this machine has
+        assert status == 0, capsys.readouterr().err
+    else:
+        _, (name, *overrides), _ = read_flags([*words[words.index("train") + 1 :], "--cpu"])
+        num_processes = int(words[words.index("--nproc-per-node") + 1])
+        assert find_layout(load_config(name, overrides), num_processes).world_size == num_processes
+
+
+def test_the_readme_has_both_ways_to_launch() -> None:
+    assert len(readme_lines("torchrun")) >= 1 and len(readme_lines("biokit launch")) >= 2
+
+
+@pytest.mark.full
+def test_torchrun_starts_three_dimensions_by_flags(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    command = [
+        *TORCHRUN, "--standalone", "--nproc-per-node", "4", "-m", "biokit", "train", "molbart_mini",
+        "--strategy", "ThreeD", "--tensor_model_parallel_size", "2", "--pipeline_model_parallel_size", "2",
+        "--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--train-iters", "3", "--cpu",
+        "--batch-size", "4", "train.global_batch_size=8", "train.tensorboard=False", "train.eval_molecules=0",
+        f"data.dataset_path={write_smiles(tmp_path)}", "data.split_ratio=70,20,10", f"run_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished at step 3 of 3") == 1
+    run = RunFolder(tmp_path / "run")
+    manifest = run.read_manifest()
+    assert manifest["layout"] == {"strategy": "ThreeD", "world_size": 4, "tensor": 2, "data": 1, "pipeline": 2}
+    assert (manifest["status"], len(run.read_metrics())) == ("finished", 3)
+    settings = json.loads(run.deepspeed_file.read_text())
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    assert [settings[size] for size in sizes] == [8, 4, 2]
+    assert settings["zero_optimization"]["stage"] == 1
 
 
 def test_the_command_of_a_notebook(tmp_path: Path) -> None:

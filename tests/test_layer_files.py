@@ -14,8 +14,9 @@ from torch import nn
 
 from biokit.errors import CheckpointError, ConfigError, DataError
 from biokit.exchange.layers import split_layers
+from biokit.models.molbart import MOLBART
 from biokit.parallel.cuts import find_cut, join_tensors, padded_size
-from biokit.parallel.layer_files import INDEX, Share, layer_file_name
+from biokit.parallel.layer_files import INDEX, Share, layer_file_name, open_layer_file
 from biokit.parallel.layer_loading import load_layers
 from biokit.parallel.layer_specs import PretrainedLayerSpec
 from tests.layer_folder import make_config, make_parts, same_state, save, split_model, write_file
@@ -83,6 +84,61 @@ def test_folders_that_are_not_this_models_are_refused(tmp_path):
     refused("6 layers, embed to head, not 8 layers, embed to head")
     (folder / INDEX).unlink()
     refused(r"missing model\.layers\.5.*missing model\.layers\.7")
+
+
+def change_index(folder, change):
+    index = json.loads((folder / INDEX).read_text())
+    change(index)
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def test_sizes_that_no_shape_shows_are_compared(tmp_path):
+    """A fused projection is as tall with any number of heads; a tied table has the shape of an own one."""
+    config, model, folder = split_model(tmp_path)
+    sizes = {"name": MOLBART.name, **MOLBART.resolve(config.model)}
+    assert same_state(load_layers(make_parts(config), folder, sizes=sizes).build(), model)
+    config.model = replace(config.model, num_attention_heads=4)
+    other = MOLBART.resolve(config.model)
+    with pytest.raises(CheckpointError, match=r"another model: num_attention_heads is 2, the run's is 4\. Use"):
+        load_layers(make_parts(config), folder, sizes=other)
+    with pytest.raises(CheckpointError, match="name is molbart, the run's is bert"):
+        load_layers(make_parts(config), folder, sizes={"name": "bert"})
+    with pytest.raises(CheckpointError, match=r"tied parameters are \{\}, the run's are \{'head"):
+        load_layers(make_parts(make_config(tied=True)), folder, sizes=sizes)
+    change_index(folder, lambda index: index.pop("sizes"))
+    with pytest.raises(CheckpointError, match="num_layers is not said, the run's is 2"):
+        load_layers(make_parts(config), folder, sizes=sizes)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda index: index.update(layers=[]), "lists no layers"),
+        (lambda index: index.update(layers={"0": {}}), "lists no layers"),
+        (lambda index: index.update(sizes=[2]), "sizes or tied are no mapping"),
+        (lambda index: index["layers"][1].update(file="../model.layers.1.safetensors"), r"layer 1 is '\.\./model"),
+        (lambda index: index["layers"][1].update(file="model.layers.1.pt"), r"not model\.layers\.1\.safetensors"),
+        (lambda index: index["layers"].reverse(), r"layer 0 is 'model\.layers\.5\.safetensors'"),
+        (lambda index: index["layers"][2].pop("file"), "KeyError"),
+        (lambda index: index["layers"][2].pop("sha256"), "KeyError"),
+        (lambda index: index["layers"].insert(0, "embed"), "TypeError"),
+        (lambda index: index["layers"][0]["tensors"]["embedding.tokens.weight"].update(shape=[-1]), "RuntimeError"),
+    ],
+)
+def test_an_index_that_does_not_describe_layer_files_is_refused(tmp_path, change, words):
+    config, _, folder = split_model(tmp_path)
+    change_index(folder, change)
+    for use in (lambda: load_layers(make_parts(config), folder), lambda: open_layer_file(folder / layer_file_name(0))):
+        with pytest.raises(CheckpointError, match=f"index.*cannot be used.*{words}"):
+            use()
+
+
+def test_an_index_beside_files_of_another_kind(tmp_path):
+    config, _, folder = split_model(tmp_path)
+    for path in folder.glob("*.safetensors"):
+        path.rename(path.with_suffix(".pt"))
+    with pytest.raises(CheckpointError, match=r"missing model\.layers\.0\.safetensors.*more"):
+        load_layers(make_parts(config), folder)
 
 
 def test_an_altered_or_left_over_file_is_refused_by_its_reader_alone(tmp_path):

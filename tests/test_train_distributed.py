@@ -157,6 +157,9 @@ def test_a_run_starts_from_layer_files(single, tmp_path):
     assert (
         losses(tmp_path / "one")[0] < losses(config.run_dir)[0] - 0.1
     )  # the first batch, after four steps of training
+    other = tree(config, run_dir=str(tmp_path / "four"), model__num_attention_heads=2, **fresh)
+    with pytest.raises(BiokitError, match="num_attention_heads"):  # the shapes fit
+        train(config_from_dict(other))
     (tmp_path / "layers" / "model.layers.1.safetensors").unlink()
     with pytest.raises(BiokitError, match=r"model\.layers\.1"):
         train(config_from_dict(tree(config, run_dir=str(tmp_path / "three"), **fresh)))

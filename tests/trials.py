@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from biokit.checkpoint import load_checkpoint
 from biokit.config import DataConfig, ParallelConfig, RunConfig, TrainConfig
 from biokit.data.batching import rank_rows
 from biokit.data.micro_batches import own_micro_batches
@@ -55,12 +60,18 @@ class Trial:
 
 @dataclass
 class Record:
-    """What a trial gave, from the main process. `loaded` are the states as gathered right after the load."""
+    """What a trial gave, from the main process.
+
+    Attributes:
+        forwards: how often each layer of this rank was called for a micro-batch of the last update, by position.
+        loaded: states as gathered right after the load.
+    """
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     num_valid: list[int] = field(default_factory=list)
     sums: TokenSums = field(default_factory=TokenSums)
+    forwards: list[float] = field(default_factory=list)
     loaded: States = ({}, {})
     states: States = ({}, {})
 
@@ -71,12 +82,12 @@ def play_once(model: Any, trial: Trial) -> Record:
     return play(model, trial, None)
 
 
-def play(model: Any, trial: Trial, states: States | None) -> Record:
-    """Run a trial of a model (a subclass of StrategyParity) on as many ranks as its layout has."""
-    return ranks(trial.layout.world_size).run(_run, model, trial, states)[0]
+def play(model: Any, trial: Trial, checkpoint: Path | None) -> Record:
+    """Run a trial of a model (a subclass of StrategyParity), on as many ranks as its layout has, from a checkpoint."""
+    return ranks(trial.layout.world_size).run(_run, model, trial, checkpoint)[0]
 
 
-def _run(model: Any, trial: Trial, states: States | None) -> Record:
+def _run(model: Any, trial: Trial, checkpoint: Path | None) -> Record:
     """On every rank."""
     config = _make_config(model, trial)
     with join_processes(torch.device("cpu"), TIMEOUT_S, trial.layout != SINGLE) as processes:
@@ -90,15 +101,16 @@ def _run(model: Any, trial: Trial, states: States | None) -> Record:
         assert layout == trial.layout
         strategy = make_strategy(parts, config, layout, processes)
         try:
-            return _train(model, trial, config, strategy, states)
+            return _train(model, trial, config, strategy, checkpoint)
         finally:
             strategy.close()
 
 
-def _train(model: Any, trial: Trial, config: RunConfig, strategy: Strategy, states: States | None) -> Record:
+def _train(model: Any, trial: Trial, config: RunConfig, strategy: Strategy, checkpoint: Path | None) -> Record:
     record, lr = Record(), config.train.lr * (1.001 if trial.mutation == "rate" else 1.0)
-    if states:
-        strategy.load(*states, {})
+    if checkpoint:
+        saved = load_checkpoint(checkpoint, check=strategy.processes.is_main)
+        strategy.load(saved.model, saved.optimizer, {})
         record.loaded = strategy.model_state(), strategy.optimizer_state()
     for step in range(*trial.steps):
         micros, seeds, num_valid = _cut_batch(model, trial, strategy, step)
@@ -108,7 +120,9 @@ def _train(model: Any, trial: Trial, config: RunConfig, strategy: Strategy, stat
         if trial.mutation == "seed":
             seeds = [seed + 1 for seed in seeds]
         scaled: Any = num_valid * (1 - 1e-5) if trial.mutation == "scale" else num_valid
-        done = strategy.train_batch(micros, scaled, seeds, lr)
+        with _counted_forwards(strategy.model) as counts:
+            done = strategy.train_batch(micros, scaled, seeds, lr)
+        record.forwards = [count / len(micros) for count in counts]
         record.losses.append(done.sums.loss / num_valid)
         record.norms.append(done.grad_norm)
         record.num_valid.append(num_valid)
@@ -117,6 +131,23 @@ def _train(model: Any, trial: Trial, config: RunConfig, strategy: Strategy, stat
     if trial.sgd or trial.keep_states:
         record.states = strategy.model_state(), strategy.optimizer_state()
     return record
+
+
+@contextmanager
+def _counted_forwards(model: Any) -> Iterator[list[int]]:
+    """Calls of each layer of a rank's model inside the block. Before the layer: recompute leaves it half-way."""
+    layers = model.layers if isinstance(model.layers, nn.ModuleList) else model.layers()  # of a stage, of a model
+    counts = [0] * len(layers)
+
+    def count(position: int, *_: Any) -> None:
+        counts[position] += 1
+
+    hooks = [layer.register_forward_pre_hook(partial(count, position)) for position, layer in enumerate(layers)]
+    try:
+        yield counts
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _cut_batch(

@@ -53,7 +53,7 @@ def split_layers(checkpoint: Path, directory: Path) -> dict[str, Any]:
         "source": {"checkpoint": source.name, "step": saved.manifest["step"], **saved.manifest["files"][MODEL]},
         "vocab_hash": saved.manifest.get("vocab_hash", ""),
         "config": saved.manifest["config"],
-        "sizes": spec.resolve(config.model),
+        "sizes": {"name": spec.name, **spec.resolve(config.model)},
         "tied": tied,
         "layers": [],
     }

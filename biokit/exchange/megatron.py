@@ -135,7 +135,7 @@ def _save(saved: dict[str, Any], path: Path) -> None:
 def _rank_dict(
     source: Source, names: MegatronNames, parameters: list[str], rank: tuple[int, int], version: float
 ) -> dict[str, Any]:
-    """What one rank's file holds, less `args` and its ranks. A piece is a copy: a view would be saved with its whole storage."""
+    """What one rank's file holds, less `args` and its ranks. Copies: a view is saved with its whole storage."""
     blueprint, (part, num_parts) = source.blueprint, rank
 
     def piece(kind: str, name: str) -> torch.Tensor:
@@ -344,11 +344,9 @@ def _tensors(path: Path, found: Any) -> dict[str, torch.Tensor]:
     for key, value in found.items():
         if isinstance(value, Mapping):
             flat |= {f"{key}.{inner}": tensor for inner, tensor in _tensors(path, value).items()}
-        elif isinstance(value, torch.Tensor):
+        elif not str(key).endswith("_extra_state"):
             check_values(path, str(key), value)
             flat[str(key)] = value
-        elif not str(key).endswith("_extra_state"):
-            raise CheckpointError(f"file {path}", f"{key} is a {type(value).__name__}, no tensor", "Restore the file")
     return flat
 
 
@@ -372,9 +370,6 @@ def _read_moments(path: Path, section: Mapping[str, Any]) -> dict[str, dict[str,
                 value = state[moment]
                 if moment == "step" and isinstance(value, int | float):
                     value = torch.tensor(float(value))
-                if not isinstance(value, torch.Tensor):
-                    found = f"{moment} of {name} is a {type(value).__name__}, no tensor"
-                    raise CheckpointError(f"file {path}", found, "Restore the file")
                 check_values(path, f"{moment} of {name}", value)
                 moments[moment][name] = value
     return moments

@@ -227,16 +227,18 @@ def check_number(where: str | Path, num_found: int, num_wanted: int, said: str) 
         raise CheckpointError(f"checkpoint {where}", found, "Restore it from a copy")
 
 
-def check_values(path: Path, name: str, tensor: torch.Tensor) -> None:
-    """Refuse a tensor that cannot be cut, joined and widened to fp32 as a parameter is.
+def check_values(path: Path, name: str, value: Any) -> None:
+    """Refuse what cannot be cut, joined and widened to fp32 as a parameter is.
 
     Raises:
-        CheckpointError: it is sparse, nested, without storage, or of integers or complex numbers.
+        CheckpointError: it is no tensor, or sparse, nested, without storage, of integers or of complex numbers.
     """
-    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
-    if not plain or not tensor.is_floating_point():
-        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-        found = f"{name} is a {kind} tensor of {str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
+    if not isinstance(value, torch.Tensor):
+        raise CheckpointError(f"file {path}", f"{name} is a {type(value).__name__}, no tensor", "Restore the file")
+    plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_nested
+    if not plain or not value.is_floating_point():
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        found = f"{name} is a {kind} tensor of {str(value.dtype).removeprefix('torch.')} on {value.device.type}"
         raise CheckpointError(f"file {path}", found, "Save it as a dense floating-point tensor")
 
 

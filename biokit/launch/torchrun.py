@@ -8,10 +8,12 @@ ProteinLM's scripts) that process is a node's launcher; with several a node (A4S
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shlex
 import signal
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -48,15 +50,26 @@ class Nodes:
 
 @dataclass(frozen=True)
 class Launch:
-    """A command line that is ready to start, its additions to the environment, and the layout that it leads to."""
+    """A command line that is ready to start, its additions to the environment, and the layout that it leads to.
+
+    Attributes:
+        port: where this process will wait for the others; 0: it does not, or finds one itself.
+    """
 
     command: list[str]
     environment: dict[str, str]
     layout: Layout
     note: str
+    port: int = 0
 
     def start(self) -> None:
-        """Become that command; does not return."""
+        """Become that command; does not return.
+
+        Raises:
+            ConfigError: the port cannot be opened.
+        """
+        if self.port:
+            check_port(self.port)
         os.execve(self.command[0], self.command, {**os.environ, **self.environment})
 
     def __str__(self) -> str:
@@ -80,13 +93,36 @@ def plan_launch(config: RunConfig, words: Sequence[str], environment: Mapping[st
     if rank:
         layout = find_layout(config, int(rank["WORLD_SIZE"]))
         note = f"mpirun started one process a rank: this is rank {rank['RANK']}, and needs no torchrun."
-        return Launch([sys.executable, "-m", "biokit", *arguments], rank | _threads(environment), layout, note)
+        port = int(rank["MASTER_PORT"]) if rank["RANK"] == "0" else 0
+        return Launch([sys.executable, "-m", "biokit", *arguments], rank | _threads(environment), layout, note, port)
     nodes = read_nodes(config, environment)
     layout = find_layout(config, nodes.num_nodes * nodes.num_processes)
     _check_devices(config, nodes.num_processes)
     mpi = f"{MPI}SIZE" in environment
     note = f"mpirun started one launcher a node: this is node {nodes.node_rank} of {nodes.num_nodes}." if mpi else ""
-    return Launch(torchrun_command(nodes, arguments), _threads(environment), layout, note)
+    port = 0 if nodes.node_rank else nodes.master_port
+    return Launch(torchrun_command(nodes, arguments), _threads(environment), layout, note, port)
+
+
+def check_port(port: int) -> None:
+    """Open a port and give it back.
+
+    Raises:
+        ConfigError: another process has it, or this one may not open it.
+    """
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    with socket.socket(family) as probe:
+        if family == socket.AF_INET6:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # as torch does: in use for either is in use
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a run that has just ended does not count
+        try:
+            probe.bind(("", port))  # and not listen: ranks of other nodes may be trying to connect
+        except OSError as error:
+            reason = "in use" if error.errno == errno.EADDRINUSE else f"not to be had ({error.strerror})"
+            found = f"port {port} is {reason} on this machine"
+            raise ConfigError(
+                f"MASTER_PORT={port}", found, "Give another MASTER_PORT, the same on every node"
+            ) from error
 
 
 def torchrun_command(nodes: Nodes, arguments: Sequence[str], output_dir: Path | None = None) -> list[str]:

@@ -219,7 +219,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return dict(items)
 
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs)
+        tree = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=pairs)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise ConfigError(f"{path} {where}", f"it is not JSON ({error.msg})", "Mend that line") from error

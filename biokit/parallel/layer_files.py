@@ -77,8 +77,8 @@ def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 def read_index(directory: Path) -> dict[str, Any] | None:
     """The index of a folder of layer files; None where it has none.
 
-    `sizes` are the resolved ones of the model. Each entry of `layers`, in order, has `name`, `file`, `bytes`, `sha256`
-    and `tensors`: tensors by name, without storage.
+    `sizes` are the model's name and resolved sizes. Each entry of `layers`, in order, has `name`, `file`, `bytes`,
+    `sha256` and `tensors`: tensors by name, without storage.
 
     Raises:
         CheckpointError: it cannot be read, is of another kind, or lists no layers or files by other names.

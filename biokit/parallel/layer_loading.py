@@ -58,7 +58,7 @@ def load_layers(
         lora_mode: `full`, `lora` or `freeze`; see `biokit.parallel.lora`.
         new_num_tokens: rows of token tables and output projections; new ones begin as the mean of the old ones.
         vocabulary_hash: of the run; compared with the index where no tokens are added.
-        sizes: the run's resolved ones (`ModelSpec.resolve`); compared with the index.
+        sizes: the name and resolved sizes (`ModelSpec.resolve`) of the run's model; compared with the index.
 
     Raises:
         CheckpointError: files that are missing, too many, or of another model, sizes or vocabulary.
