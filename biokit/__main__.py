@@ -127,6 +127,11 @@ def _add_reshard(command: argparse.ArgumentParser) -> None:
 
 
 def _run_train(options: argparse.Namespace) -> int:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun starts ranks in sessions of their own: were it killed, they would go on, and hold the devices
+        from biokit.launch.background import end_with
+
+        end_with(os.getppid())
     from biokit.config import load_config
     from biokit.train import train
 

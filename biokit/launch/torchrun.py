@@ -139,7 +139,7 @@ def torchrun_command(nodes: Nodes, arguments: Sequence[str], output_dir: Path | 
         where += ["--master-addr", nodes.master_addr or "localhost", "--master-port", str(nodes.master_port)]
     kept = ["--log-dir", str(output_dir), "--tee", "3"] if output_dir else []
     torchrun = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(nodes.num_processes)]
-    return [*torchrun, *kept, "-m", "biokit.launch.rank", *arguments]
+    return [*torchrun, *kept, "-m", "biokit", *arguments]
 
 
 def read_nodes(config: RunConfig, environment: Mapping[str, str]) -> Nodes:
