@@ -53,7 +53,10 @@ try {
 
   const clicked = Date.now();
   await button.click();
-  const pressed = await button.isDisabled({ timeout: 1000 }).catch(() => true);  // or it is gone already
+  // the kernel answers by disabling it; by the next look it may be gone already
+  const answered = async () => (await button.count()) === 0 || (await button.isDisabled({ timeout: 200 }).catch(() => true));
+  let pressed = false;
+  for (const end = Date.now() + 10_000; !pressed && Date.now() < end; await page.waitForTimeout(50)) pressed = await answered();
   await button.waitFor({ state: "detached", timeout: STOP_TIMEOUT_MS });  // the run's last curve takes the panel's place
   const seconds = (Date.now() - clicked) / 1000;
   const curve = page.locator(".jp-Cell", { hasText: "LivePanel(run)" }).locator(".jp-RenderedImage img");
