@@ -32,8 +32,9 @@ EVERY_WEIGHT_IS_CUT = '{"zero_optimization": {"stage3_param_persistence_threshol
 LR = 1e-3
 
 
-def make_parts(tied=False, dropout=0.0, seed=1):
-    config = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, dropout=dropout, tie_word_embeddings=tied)
+def make_parts(tied=False, dropout=0.0, seed=1, num_layers=2, hidden_size=32):
+    sizes = {"num_layers": num_layers, "hidden_size": hidden_size, "num_attention_heads": 4}
+    config = ModelConfig(**sizes, dropout=dropout, tie_word_embeddings=tied)
     sizes = (config, 61, 40, seed)
     return ModelParts(
         MOLBART.layers(*sizes),

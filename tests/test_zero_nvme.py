@@ -5,18 +5,16 @@ the same at once, so that everything above it runs here: which tensors leave mem
 """
 
 import types
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
-from biokit.config import ModelConfig
 from biokit.errors import EngineError
-from biokit.models.molbart import MOLBART
 from biokit.parallel.grid import Layout
 from biokit.parallel.processes import Processes, join_processes
-from biokit.parallel.strategy import ModelParts
 from biokit.parallel.zero import Zero, prepare_nvme
 from tests import test_zero
 from tests.distributed import TIMEOUT_S, RanksFailed, ranks
@@ -62,20 +60,8 @@ def _bytes(tensor):
     return tensor.detach().view(-1).view(torch.uint8).numpy()
 
 
-def make_parts(tied=False, dropout=0.0, seed=1):
-    """Large enough that the halves of its larger matrices (over 1 MiB) are swapped, while the others are not."""
-    config = ModelConfig(
-        num_layers=1, hidden_size=384, num_attention_heads=4, dropout=dropout, tie_word_embeddings=tied
-    )
-    sizes = (config, 61, 40, seed)
-    return ModelParts(
-        MOLBART.layers(*sizes),
-        lambda: MOLBART.build(*sizes),
-        MOLBART.tensor_parallel_plan,
-        MOLBART.tied_parameters(config),
-        MOLBART.batch_keys,
-        0,
-    )
+# large enough that the halves of its larger matrices (over 1 MiB) are swapped, while the others are not
+make_parts = partial(test_zero.make_parts, num_layers=1, hidden_size=384)
 
 
 def run_on_disk(function, folder, *args):
