@@ -3,6 +3,8 @@
 Layout (only this module knows it):
     config.yaml  ds_config.json  manifest.json  metrics/rank_NNNNN.jsonl  logs/  checkpoints/step_NNNNNNNN/
     tensorboard/  STOP
+    launch.json  supervisors/node_NNNN.json  lives/NNNN/{ranks,errors,stacks,output,agents}/
+    failure.json  hang.json  result.safetensors
 """
 
 from __future__ import annotations
@@ -15,13 +17,52 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from biokit.errors import RunError
 
 STEP_DIGITS = 8
+LIFE_DIGITS = NODE_DIGITS = 4
+RANK_DIGITS = 5
 LEFTOVER = ".partial"
+
+
+@dataclass(frozen=True)
+class LifeFolder:
+    """What one launch of a run's processes leaves: a run that is started again after a fault has several lives."""
+
+    path: Path
+
+    def create(self) -> None:
+        """Make its parts."""
+        for part in ("ranks", "errors", "stacks", "output", "agents"):
+            (self.path / part).mkdir(parents=True, exist_ok=True)
+
+    def rank_file(self, rank: int) -> Path:
+        """Who a rank is: `rank, local_rank, node, host, pid, pid_started, time`; it writes this JSON when it starts."""
+        return self.path / "ranks" / f"rank_{rank:0{RANK_DIGITS}d}.json"
+
+    def error_file(self, rank: int) -> Path:
+        """The exception that ended a rank, as JSON."""
+        return self.path / "errors" / f"rank_{rank:0{RANK_DIGITS}d}.json"
+
+    def stack_file(self, rank: int) -> Path:
+        """Python stacks of a rank, appended at each request and at a fatal signal."""
+        return self.path / "stacks" / f"rank_{rank:0{RANK_DIGITS}d}.txt"
+
+    def output_file(self, rank: int) -> Path:
+        """What a rank printed: standard output and error together, in order."""
+        return self.path / "output" / f"rank_{rank:0{RANK_DIGITS}d}.log"
+
+    def agent_file(self, node: int) -> Path:
+        """How torchrun's agent on a node ended: `code` and the exit codes of its ranks, as JSON."""
+        return self.path / "agents" / f"node_{node:0{NODE_DIGITS}d}.json"
+
+    def agent_log(self, node: int) -> Path:
+        """What torchrun's agent on a node said itself."""
+        return self.path / "agents" / f"node_{node:0{NODE_DIGITS}d}.log"
 
 
 class RunFolder:
@@ -65,9 +106,42 @@ class RunFolder:
         """Its presence asks the run to stop."""
         return self.path / "STOP"
 
+    @property
+    def launch_file(self) -> Path:
+        """What was asked to be started, and from which state of the code, as JSON."""
+        return self.path / "launch.json"
+
+    @property
+    def failure_file(self) -> Path:
+        """Why the last life failed, as JSON."""
+        return self.path / "failure.json"
+
+    @property
+    def hang_file(self) -> Path:
+        """Where each rank stood when the time was up, as JSON."""
+        return self.path / "hang.json"
+
+    @property
+    def result_file(self) -> Path:
+        """Values that rank 0 gave back."""
+        return self.path / "result.safetensors"
+
+    def supervisor_file(self, node: int = 0) -> Path:
+        """Where the supervisor of a node stands, as JSON."""
+        return self.path / "supervisors" / f"node_{node:0{NODE_DIGITS}d}.json"
+
+    def life(self, number: int) -> LifeFolder:
+        """A launch of the processes, counted from 1."""
+        return LifeFolder(self.path / "lives" / f"{number:0{LIFE_DIGITS}d}")
+
+    def last_life(self) -> int:
+        """Number of the newest launch; 0: none yet."""
+        found = (p.name for p in (self.path / "lives").glob("*") if p.is_dir())
+        return max((int(name) for name in found if name.isascii() and name.isdecimal()), default=0)
+
     def metrics_file(self, rank: int = 0) -> Path:
         """One JSON object a line: `step, loss, lr, tokens_per_s, samples_per_s, time` and more."""
-        return self.path / "metrics" / f"rank_{rank:05d}.jsonl"
+        return self.path / "metrics" / f"rank_{rank:0{RANK_DIGITS}d}.jsonl"
 
     def checkpoint_dir(self, step: int) -> Path:
         """The folder of the checkpoint of a step, whether there is one or not."""

@@ -1,0 +1,91 @@
+"""What is to be started, as plain data: who asks writes it into the run folder, the supervisor carries it out."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from biokit.errors import RunError
+from biokit.runs import RunFolder, write_atomically
+
+KINDS = ("train", "script", "cell", "ranks")
+HERE, GIVEN, SLURM, NODES = "here", "given", "slurm", "nodes"
+PLACEMENTS = (HERE, GIVEN, SLURM, NODES)
+
+
+@dataclass(frozen=True)
+class Order:
+    """One run to start.
+
+    Attributes:
+        kind: `train` saves and ends at a step boundary when the STOP file appears; `script`, `cell` and `ranks` are
+            ended from outside.
+        program: what each rank runs, as Python takes it: `("-m", "biokit", "train", FILE)`, `("script.py", "--lr", "1")`.
+        torchrun: torchrun's flags, without those of the rendezvous unless the placement is `given`; empty: one process
+            without torchrun.
+        placement: `here`: all nodes' agents on this machine; `given`: the rendezvous flags stand in `torchrun`;
+            `slurm`: one agent a node of the allocation, by srun; `nodes`: a supervisor on each node, which meet in
+            the run folder.
+        endpoint: `host:port` of node 0, for `nodes`; life k takes port + k - 1.
+        timeout_s: of the whole run; 0: none. At its end the ranks' stacks are asked for, then all is ended.
+        max_lives: launches in all; a failed one is followed by the next, up to this many.
+        backoff_s: wait before the second life; doubled before each further one, up to a minute.
+        environment: additions to the supervisor's own; never secrets.
+        facts: the state of the code and the data that the run card shows.
+    """
+
+    kind: str
+    program: tuple[str, ...]
+    torchrun: tuple[str, ...] = ()
+    placement: str = HERE
+    num_nodes: int = 1
+    endpoint: str = ""
+    timeout_s: float = 0.0
+    max_lives: int = 1
+    backoff_s: float = 1.0
+    environment: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def line(self) -> str:
+        """The command line that starts the same by hand, on one node; words are quoted for a shell."""
+        if not self.torchrun:
+            return shlex.join([sys.executable, *self.program])
+        where = ["--standalone"] if self.placement == HERE and self.num_nodes == 1 else []
+        return shlex.join([sys.executable, "-m", "torch.distributed.run", *where, *self.torchrun, *self.program])
+
+
+def write_order(folder: RunFolder, order: Order) -> None:
+    """Leave an order in a run folder."""
+    write_atomically(folder.launch_file, json.dumps(asdict(order), indent=1) + "\n")
+
+
+def read_order(folder: RunFolder) -> Order:
+    """The order of a run.
+
+    Raises:
+        RunError: there is none, or it is not one.
+    """
+    asked = f"run {folder.path}"
+    try:
+        return order_from_dict(json.loads(folder.launch_file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(asked, f"its launch.json cannot be read ({error})", "Check the path") from error
+
+
+def order_from_dict(values: Mapping[str, Any]) -> Order:
+    """An order from plain values.
+
+    Raises:
+        ValueError: unknown or missing entries, or a kind or placement that there is not.
+    """
+    known = {f.name for f in fields(Order)}
+    if unknown := set(values) - known:
+        raise ValueError(f"unknown entries {', '.join(sorted(unknown))}")
+    order = Order(**{**values, "program": tuple(values["program"]), "torchrun": tuple(values.get("torchrun", ()))})
+    if order.kind not in KINDS or order.placement not in PLACEMENTS:
+        raise ValueError(f"kind {order.kind!r}, placement {order.placement!r}")
+    return order
