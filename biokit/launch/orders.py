@@ -24,7 +24,7 @@ class Order:
     Attributes:
         kind: `train` saves and ends at a step boundary when the STOP file appears; `script`, `cell` and `ranks` are
             ended from outside.
-        program: what each rank runs, as Python takes it: `("-m", "biokit", "train", FILE)`, `("script.py", "--lr", "1")`.
+        program: what each rank runs, as Python takes it: `("-m", "biokit", "train", FILE)`, `("script.py", "--lr")`.
         torchrun: torchrun's flags, without those of the rendezvous unless the placement is `given`; empty: one process
             without torchrun.
         placement: `here`: all nodes' agents on this machine; `given`: the rendezvous flags stand in `torchrun`;
