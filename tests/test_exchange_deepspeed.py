@@ -153,7 +153,7 @@ def write_folders(folder):
     from biokit.parallel.zero import start_deepspeed
 
     with join_processes(CPU, TIMEOUT_S, needs_group=True) as processes:
-        deepspeed = start_deepspeed(CPU)
+        deepspeed = start_deepspeed(CPU, TIMEOUT_S)
         whole_group = dist.new_group([0, 1])
         own_groups = [dist.new_group([rank]) for rank in (0, 1)]
         rank = processes.rank

@@ -72,7 +72,7 @@ def build_stage(folder, num_layers, method):
     from biokit.parallel.zero import start_deepspeed
 
     with join_processes(CPU, TIMEOUT_S, needs_group=True) as processes:
-        start_deepspeed(CPU)
+        start_deepspeed(CPU, TIMEOUT_S)
         own = folder / f"rank{processes.rank}"
         files = [own / layer_file_name(i, ".pt") for i in range(num_layers)]
         table = {"pretrained_ckpt_path": own / "table.pt", "new_num_tokens": 6}

@@ -47,6 +47,7 @@ class Trial:
     steps: tuple[int, int] = (0, 8)
     keep_states: bool = False
     mutation: str = ""
+    timeout_s: float = TIMEOUT_S  # of the process groups
 
     @classmethod
     def accumulating(cls, layout: Layout, accumulation: int, **keys: Any) -> Trial:
@@ -89,8 +90,15 @@ def play(model: Any, trial: Trial, checkpoint: Path | None) -> Record:
 
 def _run(model: Any, trial: Trial, checkpoint: Path | None) -> Record:
     """On every rank."""
+    with start_strategy(model, trial) as (config, strategy):
+        return _train(model, trial, config, strategy, checkpoint)
+
+
+@contextmanager
+def start_strategy(model: Any, trial: Trial) -> Iterator[tuple[RunConfig, Strategy]]:
+    """A trial's model under its layout, on every rank of it."""
     config = _make_config(model, trial)
-    with join_processes(torch.device("cpu"), TIMEOUT_S, trial.layout != SINGLE) as processes:
+    with join_processes(torch.device("cpu"), trial.timeout_s, trial.layout != SINGLE) as processes:
         args = (config.model, model.vocab_size, model.max_positions, 1)
         spec = model.spec
         build, tied = partial(spec.build, *args), spec.tied_parameters(config.model)
@@ -101,7 +109,7 @@ def _run(model: Any, trial: Trial, checkpoint: Path | None) -> Record:
         assert layout == trial.layout
         strategy = make_strategy(parts, config, layout, processes)
         try:
-            return _train(model, trial, config, strategy, checkpoint)
+            yield config, strategy
         finally:
             strategy.close()
 
@@ -113,7 +121,7 @@ def _train(model: Any, trial: Trial, config: RunConfig, strategy: Strategy, chec
         strategy.load(saved.model, saved.optimizer, {})
         record.loaded = strategy.model_state(), strategy.optimizer_state()
     for step in range(*trial.steps):
-        micros, seeds, num_valid = _cut_batch(model, trial, strategy, step)
+        micros, seeds, num_valid = cut_batch(model, trial, strategy, step)
         if trial.mutation == "missing" and strategy.place.data == strategy.layout.data - 1:
             labels = model.spec.batch_keys[-1]
             micros = [{**micro, labels: torch.full_like(micro[labels], model.pad_id)} for micro in micros]
@@ -127,7 +135,7 @@ def _train(model: Any, trial: Trial, config: RunConfig, strategy: Strategy, chec
         record.norms.append(done.grad_norm)
         record.num_valid.append(num_valid)
         assert trial.mutation == "missing" or done.sums.num_valid == num_valid
-    record.sums = strategy.evaluate(_cut_batch(model, trial, strategy, EVALUATED_STEP)[0])
+    record.sums = strategy.evaluate(cut_batch(model, trial, strategy, EVALUATED_STEP)[0])
     if trial.sgd or trial.keep_states:
         record.states = strategy.model_state(), strategy.optimizer_state()
     return record
@@ -150,7 +158,7 @@ def _counted_forwards(model: Any) -> Iterator[list[int]]:
             hook.remove()
 
 
-def _cut_batch(
+def cut_batch(
     model: Any, trial: Trial, strategy: Strategy, step: int
 ) -> tuple[list[dict[str, torch.Tensor]], list[int], int]:
     """This data rank's micro-batches, their seeds, and the labels that count in the global batch."""
@@ -183,7 +191,7 @@ def _make_config(model: Any, trial: Trial) -> RunConfig:
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         partition_activations=trial.partition_activations,
-        timeout_s=TIMEOUT_S,
+        timeout_s=trial.timeout_s,
     )
     return RunConfig(
         strategy=layout.strategy,

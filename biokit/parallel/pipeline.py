@@ -107,7 +107,7 @@ class Staged(Zero):
         self.stage, self.plan, self.template = ZERO_STAGE[layout.strategy], parts.plan, parts.template()
         self.bounds = parts.stage_bounds(layout.pipeline)
         self.engine_settings = settings = limit_bucket(effective_config(config, layout), self.template)
-        deepspeed = start_deepspeed(processes.device)
+        deepspeed = start_deepspeed(processes.device, config.parallel.timeout_s)
         self.tools, self.loaded_step = deepspeed.utils, None
         self.split: Callable[[nn.Module, str, bool], nn.Module] | None = None
         self.rows_of = layout.tensor if config.parallel.sequence_parallel else 1  # rows are dealt to the tensor ranks

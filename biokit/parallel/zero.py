@@ -8,6 +8,7 @@ Shapes: B batch, T target length, V vocabulary.
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
 import math
 import os
@@ -77,7 +78,7 @@ class Zero(Strategy):
     """
 
     def __init__(self, parts: ModelParts, config: RunConfig, layout: Layout, processes: Processes) -> None:
-        deepspeed = start_deepspeed(processes.device)
+        deepspeed = start_deepspeed(processes.device, config.parallel.timeout_s)
         settings = effective_config(config, layout)
         if layout.strategy == "ZeroInf" and config.parallel.offload_device == "nvme":
             prepare_nvme(Path(config.parallel.offload_dir), processes)
@@ -254,8 +255,11 @@ class Zero(Strategy):
         return token_loss(self.engine(inputs, seed), labels_BT, self.parts.pad_id)
 
 
-def start_deepspeed(device: torch.device) -> Any:
+def start_deepspeed(device: torch.device, timeout_s: float) -> Any:
     """The module `deepspeed`, ready for an engine in the process group that is there.
+
+    Args:
+        timeout_s: after which a process that waits for another one raises, in each group that DeepSpeed makes.
 
     Raises:
         EngineError: it is not installed.
@@ -282,8 +286,22 @@ def start_deepspeed(device: torch.device) -> Any:
     # collectives that torch renamed; said at every step
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
     groups._release_process_group_references()  # those of an earlier run in this process are gone
-    deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
+    deepspeed.comm.comm.cdb = _limit_waits(dt.timedelta(seconds=timeout_s))  # its "current backend"
     return deepspeed
+
+
+def _limit_waits(limit: dt.timedelta) -> Any:
+    """DeepSpeed's own layer over torch, with a limit for the groups that it makes: it gives them none.
+
+    Given when a group is made: later it would not hold for what is sent from one rank to another.
+    """
+    from deepspeed.comm.torch import TorchBackend
+
+    class LimitedBackend(TorchBackend):
+        def new_group(self, ranks: Sequence[int]) -> Any:
+            return torch.distributed.new_group(ranks, timeout=limit)
+
+    return LimitedBackend(torch.distributed.get_backend(), limit, init_method=None)
 
 
 def limit_bucket(settings: dict[str, Any], template: Mapping[str, torch.Tensor]) -> dict[str, Any]:

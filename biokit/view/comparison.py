@@ -5,7 +5,6 @@ All of it reads run folders.
 
 from __future__ import annotations
 
-import html
 import math
 import statistics
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from biokit.errors import RunError
 from biokit.parallel.grid import Layout
 from biokit.view.picture import Picture, picture_of
+from biokit.view.table import Table
 from biokit.view.training import Run, folder_of
 
 if TYPE_CHECKING:
@@ -99,32 +99,23 @@ class DifferenceTable:
         """Whether all runs are within their bounds."""
         return all(row.within for row in self.rows)
 
-    def _cells(self) -> list[list[str]]:
+    def _table(self) -> Table:
         head = ["run", "strategy", "processes", "s a step", "steps", "largest |difference|", "bound", "verdict"]
         first = self.reference
         common = [first.layout, str(first.num_processes), f"{first.step_s:.2f} s", str(len(first.losses))]
-        lines = [head, ["the reference", *common, "", "", ""]]
+        lines = [["the reference", *common, "", "", ""]]
         for row in self.rows:
             run = row.run
             line = [row.name, run.layout, str(run.num_processes), f"{run.step_s:.2f} s", str(row.num_steps)]
             verdict = "within" if row.within else "OUTSIDE"
             lines.append([*line, f"{row.largest:.1e} at step {row.step}", f"{row.bound:.1e}", verdict])
-        return lines
+        return Table(head, lines)
 
     def __repr__(self) -> str:
-        cells = self._cells()
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
-        return "\n".join(line.rstrip() for line in padded)
+        return repr(self._table())
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        head, *lines = ([html.escape(cell) for cell in line] for line in self._cells())
-        rows = ["".join(f'<th scope="col">{cell}</th>' for cell in head)]
-        rows += [
-            f'<th scope="row">{name}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) for name, *cells in lines
-        ]
-        table = f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
-        return {"text/html": table, "text/plain": repr(self)}
+        return self._table()._repr_mimebundle_()
 
 
 def difference_table(reference: Run, others: Mapping[str, Run]) -> DifferenceTable:

@@ -9,10 +9,10 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from biokit.errors import BiokitError, RunError
 from biokit.runs import RunFolder
@@ -29,17 +29,19 @@ MAX_WINDOW = 100  # so that a long run's line does not lag far behind its points
 MAX_DRAWN = 4000
 MAX_MARKS = 40
 RATE_LINES = 20
-FINAL_STATES = ("finished", "stopped", "failed", "preprocessed")
+LOOK_EVERY_S = 0.1
+FINAL_STATES = ("finished", "stopped", "failed", "preprocessed", "timed out", "interrupted", "lost")
 
 
-@runtime_checkable
 class Handle(Protocol):
-    """A run whose process is known (a background run); a folder alone will do where it is not."""
+    """A run of which is known whether it is alive (`biokit.launch.run.Run`); a folder alone will do where it is not."""
 
     folder: RunFolder
-    started: float  # unix time
 
-    def poll(self) -> int | None: ...
+    @property
+    def started(self) -> float: ...  # unix time
+    @property
+    def status(self) -> str: ...  # one of FINAL_STATES: it has ended
     def raise_on_failure(self) -> None: ...
 
 
@@ -68,8 +70,8 @@ PANELS = (
 class RunState:
     """What a run folder says of a run at one moment."""
 
-    status: str  # starting, running, stopping, ending, or one of FINAL_STATES
-    step: int
+    status: str  # starting, running, stopping, ..., or one of FINAL_STATES
+    step: int  # 0: none yet
     num_steps: int  # 0: not known
     loss: float  # NaN: none yet
     seconds_left: float  # NaN: not known
@@ -79,7 +81,8 @@ class RunState:
         return self.status in FINAL_STATES
 
     def __str__(self) -> str:
-        words = [f"{self.status}: step {self.step}" + (f" of {self.num_steps}" if self.num_steps else "")]
+        of = f" of {self.num_steps}" if self.num_steps else ""
+        words = [f"{self.status}: step {self.step}{of}" if self.step or of else self.status]
         if math.isfinite(self.loss):
             words.append(f"loss {self.loss:.4f}")
         if not self.ended and math.isfinite(self.seconds_left):
@@ -88,17 +91,19 @@ class RunState:
 
 
 def folder_of(run: Run) -> RunFolder:
-    """The run folder of a background run, of a path, or the folder itself."""
+    """The run folder of a run, of a path, or the folder itself."""
     if isinstance(run, (str, Path)):
         return RunFolder(run)
     return run if isinstance(run, RunFolder) else run.folder
 
 
 def read_state(run: Run) -> RunState:
-    """Status, step, loss and time left, from the manifest and the last metrics lines; the process, where it is known,
-    decides whether the run has ended.
+    """Status, step, loss and time left, from the manifest and the last metrics lines; a run that knows whether it is
+    alive has the last word on the status.
     """
     folder = folder_of(run)
+    handle = _handle_of(run)
+    known = handle.status if handle else ""  # before the lines are read: a run that has ended has all of them
     lines = folder.read_metrics()
     last = lines[-1] if lines else {}
     try:
@@ -107,15 +112,11 @@ def read_state(run: Run) -> RunState:
         manifest = {}
     step, loss = int(last.get("step", 0)), float(last.get("loss", math.nan))
     status, num_steps = str(manifest.get("status", "starting")), int(manifest.get("train_iters") or 0)
-    if isinstance(run, Handle):
-        code, older = run.poll(), not _written_since(folder.manifest_file, run.started)
-        if code is None and older:
-            status, num_steps, step, loss, lines = "starting", 0, 0, math.nan, []  # all of it is an earlier training's
-        elif code is None and status in FINAL_STATES:
-            status = "ending"
-        elif code is not None and (code or older or status not in FINAL_STATES):
-            status = "failed"
-    if status == "running" and folder.stop_requested():
+    if handle is not None:
+        status = known
+        if not _written_since(folder.manifest_file, handle.started):
+            num_steps, step, loss, lines = 0, 0, math.nan, []  # all of it is an earlier training's
+    elif status == "running" and folder.stop_requested():
         status = "stopping"
     left = _seconds_per_step(lines) * (num_steps - step) if num_steps else math.nan
     return RunState(status, step, num_steps, loss, left)
@@ -181,46 +182,59 @@ def describe_training(lines: Sequence[dict[str, Any]], title: str = "") -> str:
     return "\n".join(words)
 
 
-def follow(run: Run, *, timeout_s: float = math.inf) -> RunState:
+def follow(run: Run, *, timeout_s: float = math.inf, show: bool = True, stops: bool = True) -> RunState:
     """Wait until the run has ended, rewriting one short line at least every two seconds (for runs without a screen).
 
     An interrupt (the stop square of a notebook) asks the run to stop at the next step boundary; a second one leaves.
 
+    Args:
+        show: False: print nothing.
+        stops: False: the first interrupt leaves already.
+
     Raises:
+        KeyboardInterrupt: an interrupt that leaves.
         RunError: the run failed (with the end of its log), or still runs after `timeout_s`.
     """
-    folder, end = folder_of(run), time.monotonic() + timeout_s
+    folder, handle, end = folder_of(run), _handle_of(run), time.monotonic() + timeout_s
     asked = False
-    for state in _states(run):
-        print(f"{state!s:<78}", end="\n" if state.ended else "\r", flush=True)
-        if state.ended:
-            break
-        if time.monotonic() > end:
-            raise RunError(f"run {folder.path}", f"it still runs after {timeout_s:g} s", "Wait longer, or stop it")
+    while True:
         try:
+            state = read_state(run)
+            if show:
+                print(f"{state!s:<78}", end="\n" if state.ended else "\r", flush=True)
+            if state.ended:
+                break
+            if time.monotonic() > end:
+                raise RunError(f"run {folder.path}", f"it still runs after {timeout_s:g} s", "Wait longer, or stop it")
             if asked:
-                folder.request_stop()
-            time.sleep(LINE_EVERY_S)
+                folder.request_stop()  # again: a training that just starts may have cleared an older STOP file
+            _wait_a_while(handle, min(LINE_EVERY_S, max(0.0, end - time.monotonic())))
         except KeyboardInterrupt:
-            if asked:
+            if asked or not stops:
                 raise
             asked = True
             folder.request_stop()
-            print("\ninterrupted: the run saves a checkpoint and ends; interrupt again to leave it", flush=True)
-    if isinstance(run, Handle):
-        run.raise_on_failure()
-    if state.status == "failed":
+            print("\ninterrupted: the run saves a checkpoint and ends; interrupt again not to wait for it", flush=True)
+    if handle is not None:
+        handle.raise_on_failure()
+    elif state.status == "failed":
         raise RunError(f"run {folder.path}", f"it failed: {_reason(folder)}", f"Look at the logs in {folder.logs}")
     return state
+
+
+def _handle_of(run: Run) -> Handle | None:
+    return None if isinstance(run, (RunFolder, str, Path)) else run
 
 
 def _written_since(file: Path, unix_time: float) -> bool:
     return file.exists() and file.stat().st_mtime >= unix_time
 
 
-def _states(run: Run) -> Iterator[RunState]:
-    while True:
-        yield read_state(run)
+def _wait_a_while(handle: Handle | None, seconds: float) -> None:
+    """Less where the run ends before."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0 and (handle is None or handle.status not in FINAL_STATES):
+        time.sleep(min(left, LOOK_EVERY_S))
 
 
 def _reason(folder: RunFolder) -> str:

@@ -1,0 +1,83 @@
+"""The supervisors that this process started: what still belongs to it, and ends with it."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from biokit.errors import RunError
+from biokit.launch.facts import collect_facts
+from biokit.launch.orders import SLURM, Order
+from biokit.launch.starting import start_supervisor
+from biokit.launch.status import is_locked, is_supervised
+from biokit.runs import RunFolder
+
+EXIT_GRACE_S = 5.0  # that this process's runs have to end when it ends itself
+
+
+@dataclass(frozen=True)
+class Started:
+    """A supervisor that this process started."""
+
+    process: subprocess.Popen[bytes]
+    detached: bool
+    starter: int  # process id: a fork of this process has not started it
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+
+_started: dict[Path, Started] = {}
+
+
+def start_order(folder: RunFolder, order: Order, detach: bool, variables: Mapping[str, str] | None) -> None:
+    """Have an order carried out; what an earlier run of the folder left of its end is removed.
+
+    Raises:
+        RunError: the folder cannot be made, or a run is alive in it.
+    """
+    if order.placement == SLURM:
+        raise RunError(f"start {folder.path}", "its order is for a Slurm job", "Submit it with `biokit submit`")
+    check_free(folder)
+    for file in (folder.failure_file, folder.hang_file, folder.result_file):
+        file.unlink(missing_ok=True)
+    complete = replace(order, facts=collect_facts(order))
+    process = start_supervisor(folder, complete, detach=detach, variables=variables)
+    _started[folder.path.resolve()] = Started(process, detach, os.getpid())
+
+
+def check_free(folder: RunFolder) -> None:
+    """Refuse a folder in which a run is alive.
+
+    Raises:
+        RunError: there is one.
+    """
+    ours = find_started(folder)
+    if (ours is not None and ours.alive) or is_supervised(folder) or is_locked(folder):
+        found = "another run is alive in it"
+        raise RunError(f"start a run in {folder.path}", found, "Stop it, or give another run_dir")
+
+
+def find_started(folder: RunFolder) -> Started | None:
+    """The last supervisor that this process started in a folder."""
+    ours = _started.get(folder.path.resolve())
+    return ours if ours is not None and ours.starter == os.getpid() else None
+
+
+@atexit.register
+def _end_owned() -> None:
+    """Ask this process's runs to end; their supervisors end them the hard way once this process is gone."""
+    owned = [ours for ours in _started.values() if not ours.detached and ours.starter == os.getpid() and ours.alive]
+    for ours in owned:
+        ours.process.terminate()
+    end = time.monotonic() + EXIT_GRACE_S
+    for ours in owned:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            ours.process.wait(max(0.0, end - time.monotonic()))

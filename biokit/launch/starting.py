@@ -1,0 +1,51 @@
+"""Hands an order to a supervisor: a process of its own that carries it out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from biokit.errors import RunError
+from biokit.launch.orders import Order, write_order
+from biokit.launch.states import read_state
+from biokit.runs import RunFolder
+
+# a parent-death signal is sent when the *thread* that made the child ends; this one lives as long as Python does
+_starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="biokit-start")
+
+
+def start_supervisor(
+    folder: RunFolder, order: Order, *, detach: bool = False, variables: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Write an order into a run folder and start its supervisor, which ends with this process.
+
+    Args:
+        detach: it outlives this process.
+        variables: what the environment of the run has beside this process's own; written nowhere.
+
+    Raises:
+        RunError: the folder cannot be made, or another supervisor is at work in it.
+    """
+    folder.create()
+    state = read_state(folder)
+    if state is not None and not state.is_over:
+        found = "it is running under another supervisor"
+        raise RunError(f"start a run in {folder.path}", found, "Stop it, or give another run_dir")
+    folder.clear_stop()
+    for old in folder.supervisor_file().parent.glob("*.json"):  # of an earlier run: they would pass for this one's
+        old.unlink(missing_ok=True)
+    write_order(folder, order)
+    owner = [] if detach else ["--owner", str(os.getpid())]
+    with (folder.logs / "supervisor.log").open("ab") as log:
+        return _starter.submit(
+            subprocess.Popen,
+            [sys.executable, "-u", "-m", "biokit.launch.supervisor", str(folder.path.absolute()), *owner],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(variables or {})},
+            start_new_session=True,
+        ).result()
