@@ -11,10 +11,12 @@ from typing import Any
 
 from biokit import __version__
 from biokit.errors import BiokitError, ConfigError
+from biokit.launch import commands_launch
 
 EXIT_USER_ERROR = 2
 # commands that take a configuration, and their flags that are none of its keys
-OWN_FLAGS: dict[str, tuple[str, ...]] = {"train": (), "preprocess": (), "launch": ("--dry-run",)}
+OWN_FLAGS: dict[str, tuple[str, ...]] = {"train": (), "preprocess": (), "launch": commands_launch.SWITCHES}
+OWN_FLAGS_WITH_VALUE: dict[str, tuple[str, ...]] = {"launch": commands_launch.WITH_VALUE}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +45,7 @@ def _plain_words(words: list[str]) -> list[str]:
         return [command, "--help"] if command in OWN_FLAGS else words
     from biokit.flags import read_flags
 
-    own, plain, notes = read_flags(rest, OWN_FLAGS[command])
+    own, plain, notes = read_flags(rest, OWN_FLAGS[command], OWN_FLAGS_WITH_VALUE.get(command, ()))
     if os.environ.get("RANK", "0") == "0":
         for note in notes:
             print(f"biokit: {note}", file=sys.stderr)
@@ -67,10 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "launch", help="start the processes of a run by torchrun; read where from the environment"
     )
     _add_config(launch)
-    launch.add_argument(
-        "--dry-run", action="store_true", help="check the layout, print the command line, start nothing"
-    )
-    launch.set_defaults(run=_run_launch)
+    commands_launch.add_flags(launch)
 
     split = commands.add_parser("split-layers", help="write a checkpoint as one file a layer, for `--load`")
     split.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run folder")
@@ -129,7 +128,7 @@ def _add_reshard(command: argparse.ArgumentParser) -> None:
 def _run_train(options: argparse.Namespace) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # torchrun starts ranks in sessions of their own: were it killed, they would go on, and hold the devices
-        from biokit.launch.background import end_with
+        from biokit.launch.tree import end_with
 
         end_with(os.getppid())
     from biokit.config import load_config
@@ -150,19 +149,6 @@ def _run_preprocess(options: argparse.Namespace) -> int:
     store_dir = train(config)["store_dir"]
     print(load_report(store_dir))
     print(f"token stores: {store_dir}")
-    return 0
-
-
-def _run_launch(options: argparse.Namespace) -> int:
-    from biokit.config import load_config
-    from biokit.launch.torchrun import plan_launch
-
-    plan = plan_launch(load_config(options.config, options.overrides), [options.config, *options.overrides])
-    print(f"biokit: {plan.layout}: {plan.layout.world_size} processes. {plan.note}".rstrip(), file=sys.stderr)
-    if options.dry_run:
-        print(plan)
-    else:
-        plan.start()
     return 0
 
 

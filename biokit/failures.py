@@ -13,21 +13,30 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from biokit.endings import FROM_OUTSIDE, LAUNCHER, RankError, error_from, is_lost_peer
 from biokit.errors import RunError
-from biokit.frames import Frame, add_code, find_own, frames_from, shorten
+from biokit.frames import Frame, add_code, find_own, shorten
 from biokit.runs import LifeFolder, RunFolder, write_atomically
-from biokit.safe_files import parse_object, read_end, read_object, to_list, to_number, to_text, to_whole
+from biokit.safe_files import (
+    MAX_SUMMARY_BYTES,
+    parse_object,
+    read_end,
+    read_object,
+    to_list,
+    to_number,
+    to_text,
+    to_whole,
+)
 from biokit.secrets import mask
-from biokit.stacks import MAX_RANKS, Hang, hang_from, parse_dump, read_hang, read_ranks
-from biokit.tracebacks import MAX_LINKS, MAX_MESSAGE, tell_error, walk_chain, words_of
+from biokit.stacks import MAX_RANKS, WAITS, Hang, hang_from, parse_dump, read_hang, read_ranks
+from biokit.tracebacks import tell_error, walk_chain
 
-LAUNCHER = -1  # the rank of an error that is torchrun's own
 NOTICED_S = 0.9  # an agent notices an end later than the peers do, but before those who lost a peer go (after 1 s)
 TAIL_LINES, TAIL_BYTES, TAIL_WIDTH = 20, 1 << 16, 400
 HINTS = {
@@ -38,74 +47,9 @@ HINTS = {
     "SIGBUS": "a crash in compiled code (is /dev/shm full?)",
     "SIGABRT": "compiled code gave up",
 }
-FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT", "KeyboardInterrupt")
-_LOST = (
-    "gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "failed to recv", "Broken pipe",
-    "client socket has timed out", "wait timeout after",
-)  # fmt: skip
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
+_TRACEBACK = re.compile(r"(?:\[rank\d+\]: ?)?Traceback \(most recent call last\):")
 _NUMBERED = re.compile(r"(?:rank|node)_([0-9]+)")
-
-
-class PeerError(RunError):
-    """Another rank failed, and this one goes with it; the other one's error tells why."""
-
-
-@dataclass(frozen=True)
-class Link:
-    """An exception that came before the one that ended a rank; `relation` tells how one led to the other."""
-
-    relation: str
-    kind: str
-    message: str
-    frames: tuple[Frame, ...] = ()
-    is_effect: bool = False
-
-
-@dataclass(frozen=True)
-class RankError:
-    """How one rank ended.
-
-    Attributes:
-        time: unix time of its end.
-        kind: the exception's class, the signal's name, or `exit code 3`.
-        frames: outermost first, as in a Python traceback, without those of the launcher.
-        is_effect: it ended because another one did.
-        exit_code: of its process; negative: the signal; 0: not known.
-        chain: exceptions before this one, oldest first.
-    """
-
-    rank: int
-    time: float
-    host: str
-    kind: str
-    message: str
-    frames: tuple[Frame, ...] = ()
-    is_effect: bool = False
-    exit_code: int = 0
-    chain: tuple[Link, ...] = ()
-
-    @property
-    def who(self) -> str:
-        return "torchrun" if self.rank == LAUNCHER else f"rank {self.rank}"
-
-    @property
-    def is_signal(self) -> bool:
-        return self.exit_code < 0 and self.kind.startswith("SIG")
-
-    @property
-    def place(self) -> str:
-        """The user's own line that it ended at, in few words."""
-        inner = self.frames[::-1]
-        own = find_own(inner)
-        return inner[own].place if own >= 0 else ""
-
-    def __str__(self) -> str:
-        first = self.message.strip().split("\n", 1)[0]
-        if self.is_signal:
-            return f"{self.who} was ended by {self.kind}" + (f": {first}" if first else "")
-        at = f" ({self.place})" if self.place else ""
-        return f"{self.who} failed{at}: {self.kind}" + (f": {first}" if first else "")
 
 
 @dataclass(frozen=True)
@@ -132,24 +76,6 @@ class Failure:
     hang: Hang | None = None
 
 
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error says, or was raised from one that says, that another process is gone or did not answer."""
-    one: BaseException | None = error
-    for _ in range(MAX_LINKS):
-        if one is None:
-            break
-        if isinstance(one, PeerError) or (isinstance(one, RuntimeError) and _tells_of_peer(words_of(one))):
-            return True
-        one = one.__cause__
-    return False
-
-
-def _tells_of_peer(message: str) -> bool:
-    if "preamble" in message:  # gloo, of tensors of different sizes: the ranks themselves disagree
-        return False
-    return any(words in message for words in _LOST)
-
-
 def write_error(life: LifeFolder, rank: int, error: BaseException) -> None:
     """Leave the error that ends this rank in `life.error_file(rank)`, secrets masked."""
     found = {
@@ -170,17 +96,26 @@ def _tell(error: BaseException) -> dict[str, Any]:
 def collect_failure(folder: RunFolder, life: int) -> Failure:
     """Why that life failed, from what its processes left; nothing of it needs to be there, or to be whole."""
     left = folder.life(life)
-    hang = read_hang(folder) if folder.hang_file.exists() else None
-    hang = hang if hang is not None and hang.life == life else None
+    hang = _hang_of(folder, life)
     causes, effects = _sort_out(_read_ends(left), hang)
     if not causes and hang is None:
         causes = [_launcher_error(left)]
     root = causes[0] if causes else effects[0] if effects else None
     step, loss = _last_metrics(folder)
-    logs = _log_of(left, root)
     headline = str(causes[0]) if causes else f"{hang.reason}: {hang.verdict}" if hang else ""
+    stuck = [one.rank for one in hang.ranks if one.state != WAITS] if hang and not causes else []
+    logs = left.output_file(stuck[0]) if stuck else _log_of(left, root)
     effects = [replace(one, frames=_own_line(one), chain=()) for one in effects]
-    return Failure(headline, tuple(causes), tuple(effects), life, step, loss, read_tail(logs), str(logs), hang)
+    tail = read_tail(logs, without_traceback=bool(root and root.frames and not root.is_signal))
+    return Failure(headline, tuple(causes), tuple(effects), life, step, loss, tail, str(logs), hang)
+
+
+def _hang_of(folder: RunFolder, life: int) -> Hang | None:
+    """Where the ranks of this life stood, if they were asked."""
+    with contextlib.suppress(RunError):
+        hang = read_hang(folder)
+        return hang if hang is not None and hang.life == life else None
+    return None
 
 
 def _read_ends(left: LifeFolder) -> list[RankError]:
@@ -232,7 +167,8 @@ def _fatal_frames(text: str) -> tuple[Frame, ...]:
     _, fatal, dump = text.rpartition("Fatal Python error: ")
     threads = parse_dump(dump) if fatal else ()
     met = next((thread for thread in threads if thread.current), threads[-1] if threads else None)
-    return shorten(add_code(met.frames[::-1])) if met else ()
+    frames = met.frames[::-1] if met else ()
+    return shorten(add_code(frame for frame in frames if not frame.is_starter))
 
 
 def _sort_out(ends: Sequence[RankError], hang: Hang | None) -> tuple[list[RankError], list[RankError]]:
@@ -296,10 +232,20 @@ def _last_metrics(folder: RunFolder) -> tuple[int, float]:
     return 0, math.nan
 
 
-def read_tail(path: Path, num_lines: int = TAIL_LINES) -> str:
-    """The last lines of a log, secrets masked, without control signs and what a progress bar wrote over."""
-    lines = mask(read_end(path, TAIL_BYTES)).rstrip().split("\n")[-num_lines:]
-    return "\n".join(to_text(_CONTROL.sub("", line.rstrip("\r").rpartition("\r")[2]), TAIL_WIDTH) for line in lines)
+def read_tail(path: Path, num_lines: int = TAIL_LINES, without_traceback: bool = False) -> str:
+    """The last lines of a log, secrets masked, without control signs and what a progress bar wrote over.
+
+    Args:
+        without_traceback: leave out the last one and what follows it.
+    """
+    lines = mask(read_end(path, TAIL_BYTES)).rstrip().split("\n")
+    heads = [index for index, line in enumerate(lines) if _TRACEBACK.match(line)] if without_traceback else []
+    lines = lines[: heads[-1]] if heads else lines
+    return "\n".join(_clean(line) for line in lines[-num_lines:])
+
+
+def _clean(line: str) -> str:
+    return to_text(_CONTROL.sub("", line.rstrip("\r").rpartition("\r")[2]), TAIL_WIDTH)
 
 
 def save_failure(folder: RunFolder, failure: Failure) -> None:
@@ -316,7 +262,7 @@ def read_failure(folder: RunFolder) -> Failure | None:
     """
     if not folder.failure_file.exists():
         return None
-    found = read_object(folder.failure_file)
+    found = read_object(folder.failure_file, MAX_SUMMARY_BYTES)
     if not found:
         raise RunError(f"run {folder.path}", "its failure.json cannot be read", "Remove the file")
     hang = found.get("hang")
@@ -333,30 +279,5 @@ def read_failure(folder: RunFolder) -> Failure | None:
     )
 
 
-def error_from(found: Mapping[str, Any]) -> RankError:
-    """A rank's error out of JSON, whatever it is."""
-    return RankError(
-        to_whole(found.get("rank"), LAUNCHER),
-        to_number(found.get("time")),
-        to_text(found.get("host"), 200),
-        to_text(found.get("kind"), 200) or "an error",
-        to_text(found.get("message"), MAX_MESSAGE),
-        frames_from(found.get("frames")),
-        found.get("is_effect") is True,
-        to_whole(found.get("exit_code")),
-        tuple(_link_from(link) for link in to_list(found.get("chain"), MAX_LINKS) if isinstance(link, dict)),
-    )
-
-
 def _errors_from(found: Any) -> list[RankError]:
     return [error_from(entry) for entry in to_list(found, MAX_RANKS) if isinstance(entry, dict)]
-
-
-def _link_from(found: Mapping[str, Any]) -> Link:
-    return Link(
-        to_text(found.get("relation"), 100),
-        to_text(found.get("kind"), 200),
-        to_text(found.get("message"), MAX_MESSAGE),
-        frames_from(found.get("frames")),
-        found.get("is_effect") is True,
-    )

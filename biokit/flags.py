@@ -58,12 +58,14 @@ REFUSED: dict[str, str] = {
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
-def read_flags(words: Sequence[str], own: Sequence[str] = ()) -> tuple[list[str], list[str], list[str]]:
+def read_flags(
+    words: Sequence[str], own: Sequence[str] = (), own_with_value: Sequence[str] = ()
+) -> tuple[list[str], list[str], list[str]]:
     """Sort the words behind a command into what the command line and the configuration understand.
 
     Args:
         words: a configuration's name, flags and `key=value`, in any order.
-        own: flags of the command itself, without a value (`--dry-run`).
+        own: flags of the command itself, without a value (`--dry-run`); `own_with_value`: with one (`--lives 3`).
 
     Returns:
         (the command's own flags, the configuration's name followed by `key=value` overrides in their order, a line
@@ -81,6 +83,8 @@ def read_flags(words: Sequence[str], own: Sequence[str] = ()) -> tuple[list[str]
         word, before, switch = rest.pop(0), switch, ""
         if word in own:
             flags.append(word)
+        elif (flag := word.partition("=")[0].replace("_", "-")) in own_with_value:
+            flags += [flag, word.partition("=")[2] if "=" in word else _take_value(flag, rest)]
         elif not word.startswith("--") and "=" not in word:
             names.append((word, before))
         elif not word.startswith("--"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from biokit.safe_files import MAX_LINE, read_end, to_text, to_whole
+from biokit.secrets import mask
 
 MAX_FRAMES = 60
 MAX_CODE = 200
@@ -47,6 +48,8 @@ class Frame:
             return f"biokit/{self.file.removeprefix(PACKAGE)}"
         if installed := _INSTALLED.search(self.file):
             return installed[1]
+        if self.file.startswith(STANDARD_LIBRARY):
+            return self.file.removeprefix(STANDARD_LIBRARY)
         return self.file.rpartition("/")[2] or self.file
 
     @property
@@ -59,6 +62,11 @@ class Frame:
         if self.file.startswith(PACKAGE):
             return False
         return _INSTALLED.search(self.file) is not None or self.file.startswith((STANDARD_LIBRARY, "<frozen"))
+
+    @property
+    def is_own(self) -> bool:
+        """Of the user's own code."""
+        return self.line > 0 and not (self.is_library or self.is_starter or self.file.startswith(PACKAGE))
 
     @property
     def is_starter(self) -> bool:
@@ -74,16 +82,15 @@ def find_own(frames: Iterable[Frame]) -> int:
     """
     biokit = -1
     for index, frame in enumerate(frames):
-        if frame.is_library or frame.is_starter:
-            continue
-        if not frame.file.startswith(PACKAGE):
+        if frame.is_own:
             return index
-        biokit = index if biokit < 0 else biokit
+        if biokit < 0 and not frame.is_library and not frame.is_starter:
+            biokit = index
     return biokit
 
 
 def add_code(frames: Iterable[Frame]) -> tuple[Frame, ...]:
-    """The same with the source lines that can be read."""
+    """The same with the source lines that can be read, secrets masked."""
     files: dict[str, list[str]] = {}
     return tuple(replace(frame, code=_read_line(frame, files)) for frame in frames)
 
@@ -120,7 +127,7 @@ def _read_line(frame: Frame, files: dict[str, list[str]]) -> str:
         path = Path(frame.file)
         files[frame.file] = read_end(path, MAX_SOURCE_BYTES).splitlines() if _is_small(path) else []
     lines = files[frame.file]
-    return lines[frame.line - 1].strip()[:MAX_CODE] if 0 < frame.line <= len(lines) else ""
+    return to_text(mask(lines[frame.line - 1].strip()), MAX_CODE) if 0 < frame.line <= len(lines) else ""
 
 
 def _is_small(path: Path) -> bool:

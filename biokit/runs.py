@@ -3,7 +3,7 @@
 Layout (only this module knows it):
     config.yaml  ds_config.json  manifest.json  metrics/rank_NNNNN.jsonl  logs/  checkpoints/step_NNNNNNNN/
     tensorboard/  STOP
-    launch.json  supervisors/node_NNNN.json  lives/NNNN/{ranks,errors,stacks,output,agents}/
+    launch.json  supervisors/node_NNNN.json  nodes/node_NNNN.json  lives/NNNN/{ranks,errors,stacks,output,agents}/
     failure.json  hang.json  result.safetensors
 """
 
@@ -129,6 +129,10 @@ class RunFolder:
     def supervisor_file(self, node: int = 0) -> Path:
         """Where the supervisor of a node stands, as JSON."""
         return self.path / "supervisors" / f"node_{node:0{NODE_DIGITS}d}.json"
+
+    def node_file(self, node: int) -> Path:
+        """What the supervisor of a node says to those of the other nodes, as JSON."""
+        return self.path / "nodes" / f"node_{node:0{NODE_DIGITS}d}.json"
 
     def life(self, number: int) -> LifeFolder:
         """A launch of the processes, counted from 1."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_BYTES = 1 << 20
+MAX_SUMMARY_BYTES = 32 << 20  # of what is told of all ranks of a run
 MAX_LINE = 2000  # characters of a line that is shown
 
 
@@ -22,21 +23,22 @@ def read_end(path: Path, max_bytes: int = MAX_BYTES, start: int = 0) -> str:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except (OSError, ValueError):  # a path with a null byte
         return ""
-    with os.fdopen(handle, "rb") as file:
+    try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             return ""
-        file.seek(max(start, status.st_size - max_bytes))
-        try:
+        os.lseek(handle, max(start, status.st_size - max_bytes), os.SEEK_SET)
+        with os.fdopen(handle, "rb", closefd=False) as file:
             return file.read(max_bytes).decode("utf-8", errors="replace")
-        except OSError:
-            return ""
+    except OSError:
+        return ""
+    finally:
+        os.close(handle)
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """The JSON object in a small file; empty where there is none that is whole."""
-    text = read_end(path, MAX_BYTES + 1)
-    return parse_object(text) if len(text) <= MAX_BYTES else {}
+    return parse_object(read_end(path, max_bytes))
 
 
 def parse_object(text: str) -> dict[str, Any]:

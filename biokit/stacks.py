@@ -24,7 +24,7 @@ import psutil
 from biokit.errors import RunError
 from biokit.frames import STANDARD_LIBRARY, Frame, add_code, find_own, frames_from, shorten
 from biokit.runs import LifeFolder, RunFolder, write_atomically
-from biokit.safe_files import MAX_LINE, read_end, read_object, to_list, to_number, to_text, to_whole
+from biokit.safe_files import MAX_LINE, MAX_SUMMARY_BYTES, read_end, read_object, to_list, to_number, to_text, to_whole
 
 MAX_RANKS = 4096
 REQUEST = signal.SIGUSR1
@@ -42,7 +42,7 @@ _OWN_WAITS = {
     "_meet": "a meeting of all ranks",
     "main_first": "a wait for rank 0",
 }  # of parallel/processes.py, which polls
-_STORE_CALL = re.compile(r"store\w*(?:\(\))?\.(get|wait|add)\(", re.IGNORECASE)
+_STORE_CALL = re.compile(r"store(?:\(\))?\.(get|wait|add)\(", re.IGNORECASE)
 _kept: list[IO[str]] = []  # faulthandler writes to the file's number: it must stay open
 
 
@@ -167,11 +167,11 @@ class _Asked:
         """What is known of it by now."""
         answered = self.process is not None or (self.state == ABSENT and _is_fresh(self.file))
         threads = parse_dump(read_end(self.file, start=self.start)) if answered else ()
-        if not threads or not threads[-1].frames:
+        if not threads or all(frame.is_starter for frame in threads[-1].frames):
             alive = self.process is not None and self.process.is_running()
             return RankStack(self.rank, self.state or (SILENT if alive else DEAD), self.host, self.pid)
         *others, main = threads
-        frames = shorten(add_code(main.frames))
+        frames = shorten(add_code(frame for frame in main.frames if not frame.is_starter))
         collective = find_collective((*others, replace(main, frames=frames)), self.busy)
         state = WAITS if collective else ELSEWHERE
         return RankStack(self.rank, state, self.host, self.pid, collective, self.busy, find_own(frames), frames)
@@ -181,7 +181,8 @@ def _ask(asked: Sequence[_Asked], wait_s: float) -> list[RankStack]:
     """Wait until all that were signalled have answered, and long enough to see which of them compute."""
     started = time.monotonic()
     before: list[int] = []
-    while (spent_s := time.monotonic() - started) < wait_s:
+    signalled = any(one.process is not None for one in asked)
+    while signalled and (spent_s := time.monotonic() - started) < wait_s:
         sizes = [one.look() for one in asked]
         pending = [one for one, size in zip(asked, sizes, strict=True) if one.process is not None and size <= 0]
         if sizes == before and not pending and spent_s >= LOOK_S:
@@ -214,7 +215,7 @@ def read_hang(folder: RunFolder) -> Hang | None:
     """
     if not folder.hang_file.exists():
         return None
-    found = read_object(folder.hang_file)
+    found = read_object(folder.hang_file, MAX_SUMMARY_BYTES)
     if not found:
         raise RunError(f"run {folder.path}", "its hang.json cannot be read", "Remove the file")
     return hang_from(found)

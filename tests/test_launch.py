@@ -1,27 +1,24 @@
-"""`biokit launch` and `run_processes`: what they start, where, and that nothing of it outlives them."""
+"""`biokit launch`: what it starts, and where."""
 
 import json
 import os
 import re
 import shlex
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
 
 import psutil
 import pytest
 
 from biokit.__main__ import main
 from biokit.config import RunConfig, config_from_dict, config_to_yaml, load_config
-from biokit.errors import ConfigError, RunError
+from biokit.errors import ConfigError
 from biokit.flags import read_flags
 from biokit.launch import torchrun
-from biokit.launch.torchrun import Nodes, plan_launch, run_processes, torchrun_command
+from biokit.launch.torchrun import plan_launch
 from biokit.layouts import find_layout
 from biokit.runs import RunFolder
 from biokit.train import train
@@ -50,28 +47,38 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A machine with an address towards node0; what tells gloo of it."""
+    monkeypatch.setattr(torchrun, "find_local_address", lambda endpoint: "10.0.0.7")
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"ib0": [SimpleNamespace(address="10.0.0.7")]})
+    return {"GLOO_SOCKET_IFNAME": "ib0"}
+
+
 @pytest.mark.parametrize(
     ("environment", "options"),
     [
         ({}, ["--standalone", "--nproc-per-node", "1"]),
         ({"GPUS_PER_NODE": "4"}, ["--standalone", "--nproc-per-node", "4"]),
         ({"GPUS_PER_NODE": "4", "NNODES": "1", "NODE_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "6000"},
-         ["--nnodes", "1", "--node-rank", "0", "--master-addr", "localhost", "--master-port", "6000",
-          "--nproc-per-node", "4"]),
-        ({"GPUS_PER_NODE": "2", "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "6000"},
-         ["--nnodes", "2", "--node-rank", "1", "--master-addr", "node0", "--master-port", "6000",
-          "--nproc-per-node", "2"]),
+         ["--nnodes", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:6000", "--rdzv-id",
+          "biokit-molbart_mini", "--rdzv-conf", "is_host=1", "--nproc-per-node", "4"]),
+        ({"GPUS_PER_NODE": "2", "NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "node0", "MASTER_PORT": "6000"},
+         ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "node0:6000", "--rdzv-id",
+          "biokit-molbart_mini", "--rdzv-conf", "is_host=1", "--local-addr", "10.0.0.7", "--nproc-per-node", "2"]),
         ({"GPUS_PER_NODE": "2", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1",
           "OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
           "MASTER_ADDR": "node0", "MASTER_PORT": "6000"},
-         ["--nnodes", "2", "--node-rank", "1", "--master-addr", "node0", "--master-port", "6000",
-          "--nproc-per-node", "2"]),
+         ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "node0:6000", "--rdzv-id",
+          "biokit-molbart_mini", "--rdzv-conf", "is_host=0", "--local-addr", "10.0.0.7", "--nproc-per-node", "2"]),
     ],
 )  # fmt: skip
-def test_the_command_that_the_environment_asks_for(environment: dict[str, str], options: list[str]) -> None:
+def test_the_command_that_the_environment_asks_for(
+    environment: dict[str, str], options: list[str], network: dict[str, str]
+) -> None:
     plan = plan_launch(configure(), WORDS, environment)
     assert plan.command == [*TORCHRUN, *options, *RANK]
-    assert plan.environment == {"OMP_NUM_THREADS": "1"}
+    assert plan.environment == {"OMP_NUM_THREADS": "1"} | (network if "--local-addr" in options else {})
     assert ("mpirun" in plan.note) == ("OMPI_COMM_WORLD_SIZE" in environment)
 
 
@@ -131,6 +138,48 @@ def test_dry_run_prints_what_it_would_become(
     assert not list(tmp_path.iterdir())
 
 
+FLAGS = ["--nnodes", "2", "--nproc_per_node=4", "--master-addr", "node 0", "--strategy", "DDP", "train.lr=1e-3"]
+
+
+def test_flags_say_what_the_environment_says(
+    bare: pytest.MonkeyPatch, network: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bare.setenv("MASTER_PORT", "7000")
+    bare.setenv("NNODES", "3")
+    words = ["molbart_mini", *FLAGS, "--cpu", "--batch-size", "4", f"run_dir={tmp_path / 'x'}"]
+    assert main(["launch", *words, "--node-rank", "1", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint 'node 0:7000' --rdzv-id biokit-x" in printed
+    assert "is_host=0 --local-addr 10.0.0.7 --nproc-per-node 4 -m biokit train molbart_mini strategy=DDP" in printed
+    assert main(["launch", "--node-rank", "2", *words, "--dry-run"]) == 2
+    assert "NODE_RANK=2: it is not a number that can be. Valid: 0 to 1." in capsys.readouterr().err
+    assert main(["launch", *words, "--lives"]) == 2
+    assert "flag --lives: it has no value. Write --lives VALUE." in capsys.readouterr().err
+
+
+def test_one_command_a_node_for_copying(
+    bare: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["molbart_mini", *FLAGS, "--cpu", "--batch-size", "4", f"run_dir={tmp_path / 'my run'}", "--lives", "3"]
+    assert main(["launch", *words, "--node-commands"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    for node, line in enumerate(lines):
+        python, *rest = shlex.split(line)
+        assert (python, rest[:3]) == (sys.executable, ["-m", "biokit", "launch"])
+        bare.setattr(torchrun, "find_local_address", lambda endpoint: "")
+        assert main([*rest[2:], "--dry-run"]) == 0
+        planned = capsys.readouterr().out
+        assert f"--rdzv-endpoint 'node 0:29500' --rdzv-id 'biokit-my run' --rdzv-conf is_host={1 - node}" in planned
+        assert "--nproc-per-node 4 -m biokit train molbart_mini strategy=DDP train.lr=1e-3" in planned
+        assert shlex.split(line)[-8:-2] == ["--master-addr", "node 0", "--master-port", "29500", "--lives", "3"]
+    bad = ["molbart_mini", "--strategy", "ThreeD", "--mp_size", "8", "--nnodes", "2", "--master-addr", "a"]
+    assert main(["launch", *bad, "--nproc-per-node", "4", "--node-commands"]) == 2
+    assert "tp=8: it does not divide num_attention_heads=4" in capsys.readouterr().err
+    assert main(["launch", "molbart_mini", "--nnodes", "2", "--node-commands"]) == 2
+    assert "NNODES=2: MASTER_ADDR not set." in capsys.readouterr().err
+
+
 def test_impossible_layouts_start_nothing(
     bare: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -139,10 +188,6 @@ def test_impossible_layouts_start_nothing(
     assert main(["launch", "molbart_mini", "--strategy", "ThreeD", "--mp_size", "8", f"run_dir={tmp_path / 'r'}"]) == 2
     error = capsys.readouterr().err
     assert error == "biokit: tp=8: it does not divide num_attention_heads=4. Valid: 1, 2, 4.\n"
-    config = configure("ThreeD", tensor=8)
-    config.run_dir = str(tmp_path / "r")
-    with pytest.raises(ConfigError, match="it does not divide num_attention_heads=4"):
-        run_processes(config, 8, 10)
     assert not (tmp_path / "r").exists()
 
 
@@ -232,34 +277,12 @@ def test_torchrun_starts_three_dimensions_by_flags(bare: pytest.MonkeyPatch, tmp
     assert settings["zero_optimization"]["stage"] == 1
 
 
-def test_the_command_of_a_notebook(tmp_path: Path) -> None:
-    command = torchrun_command(Nodes(num_processes=2), ["train", "x.yaml"], output_dir=tmp_path)
-    assert command[3:] == [
-        "--standalone", "--nproc-per-node", "2", "--log-dir", str(tmp_path), "--tee", "3",
-        "-m", "biokit", "train", "x.yaml",
-    ]  # fmt: skip
-
-
 def pair(folder: Path, run: str = "run", **keys: object) -> RunConfig:
     """A small DDP run whose configuration also stands in a file."""
     config = small_config(folder, run, **{"device": "cpu", "train_iters": 3, **keys})
     config.strategy = "DDP"
     (folder / f"{run}.yaml").write_text(config_to_yaml(config))
     return config
-
-
-def left_over(config: RunConfig, within_s: float = 12.0) -> list[str]:
-    """Command lines of processes that still train in a run folder; waits for their end."""
-    end = time.monotonic() + within_s
-    while True:
-        found = []
-        for process in psutil.process_iter(["cmdline", "status"]):
-            line = " ".join(process.info["cmdline"] or [])
-            if f"{config.run_dir}/logs" in line and process.info["status"] != psutil.STATUS_ZOMBIE:
-                found.append(line)
-        if not found or time.monotonic() > end:
-            return found
-        time.sleep(0.2)
 
 
 def test_launch_trains_on_two_ranks_as_one_does(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -291,96 +314,3 @@ def test_two_processes_of_mpirun_are_two_ranks(bare: pytest.MonkeyPatch, tmp_pat
     assert [process.returncode for process in started] == [0, 0], said
     assert "finished at step 2 of 2" in said[0]
     assert RunFolder(tmp_path / "run").read_manifest()["layout"]["data"] == 2
-
-
-def test_a_notebook_is_told_how_far_it_is_and_an_interrupt_ends_all(
-    bare: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = pair(tmp_path, train_iters=100_000)
-    ranks = []
-
-    def interrupt(run: torchrun.BackgroundRun, num_processes: int) -> str:
-        line = progress(run, num_processes)
-        if "step" in line:
-            ranks.extend(psutil.Process(run.pid).children())
-            raise KeyboardInterrupt
-        return line
-
-    progress = torchrun._progress
-    bare.setattr(torchrun, "_progress", interrupt)
-    bare.setattr(torchrun, "STOP_S", 30.0)  # a busy machine saves slowly
-    with pytest.raises(KeyboardInterrupt) as caught:
-        run_processes(config, 2, 120)
-    assert len(ranks) == 2
-    assert left_over(config) == []
-    del caught  # it held the run, as a notebook holds its last traceback: only an end that was asked for is an end
-    assert RunFolder(config.run_dir).read_manifest()["status"] == "stopped"
-    assert RunFolder(config.run_dir).checkpoint_steps()
-    assert "   0 s  starting 2 processes\n" in capsys.readouterr().out
-
-
-def test_a_failing_rank_says_its_last_lines(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    config = pair(tmp_path)
-    config.data.dataset_path = str(tmp_path / "none.csv")
-    with pytest.raises(RunError) as caught:
-        run_processes(config, 2, 120)
-    message = str(caught.value)
-    assert "rank 0 failed with exit code" in message and "none.csv" in message
-    assert "rank 1" not in message  # it only says that rank 0 failed
-
-
-SUMMARY = "  rank      : {} (local_rank: {})\n  exitcode  : {} (pid: 18762)\n"  # as torchrun writes it
-
-
-@pytest.mark.parametrize(
-    ("ends", "explained"),
-    [
-        ({0: (-15, "warning\nbiokit: interrupted"), 1: (2, "biokit: a.")},
-         "rank 1 failed with exit code 2:\nbiokit: a."),
-        ({0: (-15, "biokit: a."), 1: (2, "biokit: See the error of rank 0.")},
-         "rank 0 failed with exit code -15:\nbiokit: a."),
-        ({0: (1, "RuntimeError: b"), 1: (-9, "")},
-         "rank 0 failed with exit code 1:\nRuntimeError: b\nrank 1 failed with exit code -9:\n(it said nothing)"),
-        ({}, "torchrun ended with exit code 1; the end of its log:\n"),
-    ],
-)  # fmt: skip
-def test_the_rank_that_failed_first_is_named(ends: dict[int, tuple[int, str]], explained: str, tmp_path: Path) -> None:
-    for rank, (_, said) in ends.items():
-        folder = tmp_path / "id" / "attempt_0" / str(rank)
-        folder.mkdir(parents=True)
-        (folder / "stderr.log").write_text(said)
-    log = "".join(SUMMARY.format(rank, rank, code) for rank, (code, _) in ends.items())
-    run = SimpleNamespace(log_tail=lambda num_lines=0: log, poll=lambda: 1)
-    assert torchrun._explain(cast(torchrun.BackgroundRun, run), tmp_path) == explained
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("victim", ["torchrun", "rank"])
-def test_nothing_outlives_a_killed_process(victim: str, bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    config = pair(tmp_path, train_iters=100_000)
-    killed: list[int] = []
-
-    def kill(run: torchrun.BackgroundRun, num_processes: int) -> str:
-        line = progress(run, num_processes)
-        if "step" in line and not killed:
-            ranks = {int(child.environ()["RANK"]): child.pid for child in psutil.Process(run.pid).children()}
-            killed.append(run.pid if victim == "torchrun" else ranks[1])
-            os.kill(killed[0], signal.SIGKILL)
-        return line
-
-    progress = torchrun._progress
-    bare.setattr(torchrun, "_progress", kill)
-    with pytest.raises(RunError) as caught:
-        run_processes(config, 2, 120)
-    assert left_over(config) == []
-    assert ("rank 1 failed with exit code -9:\n" if victim == "rank" else "exit code -9") in str(caught.value)
-
-
-@pytest.mark.full
-def test_the_time_out_ends_all(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    config = pair(tmp_path, train_iters=100_000)
-    bare.setattr(torchrun, "STOP_S", 2.0)
-    with pytest.raises(RunError, match="it did not end in 3 s, and was ended") as caught:
-        run_processes(config, 2, 3.0)
-    assert left_over(config) == []
-    del caught  # see above

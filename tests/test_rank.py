@@ -20,7 +20,9 @@ PROGRAMS = {
     "nothing": "raise SystemExit",
     "error": "def f():\n    return [][1]\ntry:\n    f()\nexcept IndexError as e:\n    raise ValueError('é') from e",
     "syntax": "print(1)\nx = (",
-    "atexit": "import atexit, sys\natexit.register(lambda: print('bye', __name__))\nprint('begun ', end='')\nsys.exit(4)",
+    "atexit": (
+        "import atexit, sys\nprint('begun ', end='')\natexit.register(lambda: print('bye', __name__))\nsys.exit(4)"
+    ),
     "pickle": "import pickle\nclass A: pass\nprint(pickle.loads(pickle.dumps(A())).__class__)",
     "spawn": (
         "import multiprocessing as mp\ndef double(x): return 2 * x\n"
@@ -137,3 +139,17 @@ def test_a_fatal_signal_leaves_a_stack(tmp_path: Path) -> None:
     assert run_rank(life, str(life.path), str(script), cwd=tmp_path).returncode == -signal.SIGSEGV
     assert "in crash" in life.stack_file(0).read_text()
     assert "code" not in json.loads(life.rank_file(0).read_text())
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["the rank's", "a child's"])
+def test_an_error_that_the_program_catches_itself(tmp_path: Path, own: bool) -> None:
+    life = LifeFolder(tmp_path / "life")
+    script = tmp_path / "catching.py"
+    catching = (
+        "import sys\nfrom biokit.errors import ConfigError\nfrom biokit.launch.rank import note_own_error\n"
+        "try:\n    raise ConfigError('a', 'b', 'c')\nexcept ConfigError as error:\n    note_own_error(error)\n"
+    )
+    child = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {catching!r}])\n"
+    script.write_text((catching if own else child) + "sys.exit(2)")
+    assert run_rank(life, str(life.path), str(script), cwd=tmp_path).returncode == 2
+    assert json.loads(life.error_file(0).read_text())["kind"] == ("ConfigError" if own else "SystemExit")

@@ -101,11 +101,13 @@ def test_an_id_alone_names_no_process() -> None:
 
 @pytest.mark.parametrize("body", [IGNORING, DAEMON], ids=["ignores SIGTERM", "has a daemon"])
 def test_a_child_ends_with_its_parent(start: Callable[[str], subprocess.Popen[str]], body: str) -> None:
-    calls = f"import os; import biokit.launch.tree as t; t.ORPHAN_GRACE_S = 0.5; t.become_subreaper(); end_with(os.getppid())"
-    child = OWNER.format(calls=calls, body=f"import os; print(os.getpid(), flush=True)\n{body}")
+    setup = "import os, signal, sys; import biokit.launch.tree as t; t.ORPHAN_GRACE_S = 0.5; t.become_subreaper(); "
+    setup += "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)); end_with(os.getppid())"  # as torchrun's agent
+    child = OWNER.format(calls=setup, body=f"import os; print(os.getpid(), flush=True)\n{body}")
     parent = start(
-        f"import subprocess, sys\np = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE, text=True)\n"
-        "print(p.stdout.readline(), p.stdout.readline(), sep='', end='', flush=True)\nimport time; time.sleep(600)"
+        "import subprocess, sys, time\n"
+        f"p = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE, text=True)\n"
+        "print(p.stdout.readline(), p.stdout.readline(), sep='', end='', flush=True)\ntime.sleep(600)"
     )
     pids = [read_pid(parent)]
     if body == DAEMON:
@@ -116,6 +118,7 @@ def test_a_child_ends_with_its_parent(start: Callable[[str], subprocess.Popen[st
     wait_until(lambda: all(map(is_gone, pids)))
 
 
-def test_a_child_whose_parent_is_already_gone_does_not_start(start: Callable[[str], subprocess.Popen[str]]) -> None:
-    child = start(OWNER.format(calls=f"end_with({os.getpid() + 1})", body="print('started')"))
-    assert child.communicate()[0] == "" and child.returncode == 1
+def test_a_child_whose_parent_is_already_gone_does_not_start() -> None:
+    code = OWNER.format(calls=f"end_with({os.getpid() + 1})", body="print('started')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("", 1) and "is gone" in done.stderr

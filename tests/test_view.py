@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -21,23 +22,19 @@ from biokit.runs import MetricsWriter, RunFolder
 from biokit.view import live
 from biokit.view.live import LivePanel
 from biokit.view.picture import PNG_SIGNATURE
-from biokit.view.training import describe_training, draw_training, follow, read_state, show_training
+from biokit.view.training import RunState, describe_training, draw_training, follow, read_state, show_training
 
 REPOSITORY = Path(__file__).parents[1]
 
 
 class FakeRun:
-    """A background run without a process: `code` is what its process would have ended with."""
+    """A run that knows whether it is alive: it says so in `status`."""
 
     def __init__(self, folder: RunFolder) -> None:
-        self.folder, self.started = folder, 0.0
-        self.code: int | None = None
-
-    def poll(self) -> int | None:
-        return self.code
+        self.folder, self.started, self.status = folder, 0.0, "running"
 
     def raise_on_failure(self) -> None:
-        if self.code:
+        if self.status == "failed":
             raise RunError(f"run {self.folder.path}", "the log's tail", "Mend it")
 
 
@@ -147,28 +144,21 @@ def test_state_has_step_loss_and_time_left(folder: RunFolder) -> None:
     assert read_state(folder).status == "stopping"
 
 
-def test_the_process_decides_whether_a_run_has_ended(folder: RunFolder) -> None:
+def test_the_run_decides_whether_it_has_ended(folder: RunFolder) -> None:
     run = FakeRun(folder)
     folder.write_manifest({"status": "finished", "step": 60})
     assert read_state(folder).ended
-    assert read_state(run).status == "ending"
-    run.code = 0
-    assert read_state(run).status == "finished"
-    run.code = 1
-    assert read_state(run).status == "failed"
-    folder.write_manifest({"status": "running", "step": 60})
-    run.code = 0
-    assert read_state(run).status == "failed"  # it went without a word
+    assert read_state(run).status == "running"
+    for status in ("finished", "failed", "lost", "timed out", "interrupted"):
+        run.status = status
+        assert (read_state(run).status, read_state(run).ended, read_state(run).step) == (status, True, 60)
 
 
 def test_an_earlier_training_in_the_folder_is_not_taken_for_this_one(folder: RunFolder) -> None:
     run = FakeRun(folder)
-    run.started = time.time() + 1000
+    run.started, run.status = time.time() + 1000, "starting"
     state = read_state(run)
-    assert (str(state), state.num_steps) == ("starting: step 0", 0)
-    folder.write_manifest({"status": "finished", "step": 60})
-    run.code = 0
-    assert read_state(run).status == "failed"  # the new one wrote no manifest
+    assert (str(state), state.num_steps) == ("starting", 0)
 
 
 # follow
@@ -179,7 +169,7 @@ def test_follow_prints_until_the_end(folder: RunFolder, capsys: pytest.CaptureFi
 
     def end() -> None:
         folder.write_manifest({"status": "stopped", "step": 60})
-        run.code = 0
+        run.status = "stopped"
 
     timer = threading.Timer(0.3, end)
     timer.start()
@@ -190,17 +180,19 @@ def test_follow_prints_until_the_end(folder: RunFolder, capsys: pytest.CaptureFi
 
 
 def test_follow_is_never_silent_for_two_seconds(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    naps: list[float] = []
+    now, said = [0.0], [0.0]
     run = FakeRun(folder)
 
     def nap(seconds: float) -> None:
-        naps.append(seconds)
-        run.code = 1 if len(naps) == 3 else None
+        now[0] += seconds
+        run.status = "failed" if now[0] > 5 else "running"
 
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", nap)
+    monkeypatch.setattr("builtins.print", lambda *_, **__: said.append(now[0]))
     with pytest.raises(RunError, match="the log's tail"):
         follow(run)
-    assert len(naps) == 3 and max(naps) < 2.0
+    assert len(said) > 4 and max(after - before for before, after in itertools.pairwise(said)) < 1.6
 
 
 def test_follow_of_a_folder_raises_with_the_reason(folder: RunFolder) -> None:
@@ -210,10 +202,37 @@ def test_follow_of_a_folder_raises_with_the_reason(folder: RunFolder) -> None:
 
 
 def test_an_interrupt_stops_the_run_and_a_second_leaves(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    naps: list[float] = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", nap)
     with pytest.raises(KeyboardInterrupt):
         follow(FakeRun(folder))
-    assert folder.stop_requested()
+    assert folder.stop_requested() and len(naps) == 2
+
+
+def test_an_interrupt_leaves_at_once_what_is_not_to_stop(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        follow(FakeRun(folder), stops=False)
+    assert not folder.stop_requested()
+
+
+def test_an_interrupt_while_the_folder_is_read_stops_too(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+
+    def look(run: FakeRun) -> RunState:
+        looks.append(1)
+        if len(looks) == 1:
+            raise KeyboardInterrupt
+        run.status = "stopped"
+        return read_state(run)
+
+    monkeypatch.setattr("biokit.view.training.read_state", look)
+    assert follow(FakeRun(folder)).status == "stopped" and folder.stop_requested()
 
 
 def test_follow_gives_up_in_time(folder: RunFolder) -> None:
@@ -243,7 +262,7 @@ def test_the_button_stops_and_the_panel_ends_by_itself(folder: RunFolder) -> Non
     folder.clear_stop()  # as a training that only now starts would
     _wait_until(folder.stop_requested)
     folder.write_manifest({"status": "stopped", "step": 70})
-    run.code = 0
+    run.status = "stopped"
     assert panel.wait(30)
     assert panel._label.value.startswith("stopped: step 70") and panel._button.description == "Run stopped"
 
@@ -279,7 +298,7 @@ def test_a_torn_metrics_file_does_not_end_the_panel(folder: RunFolder) -> None:
     _write_steps(folder, range(61, 63))
     _wait_until(lambda: panel.state.step == 62)
     folder.write_manifest({"status": "finished", "step": 62})
-    run.code = 0
+    run.status = "finished"
     assert panel.wait(30)
 
 

@@ -14,7 +14,8 @@ from biokit.models.molbart import MOLBART
 from biokit.parallel.grid import Layout
 from biokit.parallel.processes import join_processes
 from biokit.parallel.strategy import ModelParts, make_strategy
-from biokit.view.parallel import MAX_RANKS, RankMemory, find_holdings, rank_memory, show_layout
+from biokit.planning.holdings import RankMemory, find_holdings, rank_memory
+from biokit.view.parallel import MAX_RANKS, show_layout
 from biokit.view.picture import PNG_SIGNATURE
 from tests.distributed import TIMEOUT_S, ranks
 

@@ -32,12 +32,20 @@ def add_parser(commands: Any) -> None:
     diff.add_argument("second", metavar="B", help="a run")
     diff.set_defaults(run=_diff)
 
-    again = actions.add_parser("again", help="start a run's order again in a new folder, and follow it")
+    about = "start a run's order again in a new folder, and follow it"
+    again = actions.add_parser("again", help=about, parents=[_again_options()])
     _add_run(again)
-    again.add_argument("overrides", nargs="*", metavar="key=value", help="changes to a training's configuration")
-    again.add_argument("--run-dir", default="", metavar="NEW", help="its folder (RUN_2, RUN_3, ...)")
-    again.add_argument("--detach", action="store_true", help="return at once; the run goes on")
+    again.add_argument(  # options may stand between these words too, which argparse's "*" does not allow
+        "words", nargs=argparse.REMAINDER, metavar="key=value", help="changes to a training's configuration"
+    )
     again.set_defaults(run=_again)
+
+
+def _again_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--run-dir", default="", metavar="NEW", help="its folder (RUN_2, RUN_3, ...)")
+    options.add_argument("--detach", action="store_true", help="return at once; the run goes on")
+    return options
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:
@@ -53,8 +61,8 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
+    from biokit.launch.failed_run import card_of
     from biokit.launch.listing import find_run
-    from biokit.launch.run import card_of
 
     run = find_run(options.name)
     print(run.card.text)
@@ -86,8 +94,10 @@ def _again(options: argparse.Namespace) -> int:
     from biokit.launch.again import start_again
     from biokit.launch.listing import find_run
 
-    run = start_again(find_run(options.name), options.run_dir, options.overrides, detach=options.detach)
+    late, overrides = _again_options().parse_known_args(options.words)
+    detach, run_dir = options.detach or late.detach, late.run_dir or options.run_dir
+    run = start_again(find_run(options.name), run_dir, overrides, detach=detach)
     print(run.folder.path)
-    if not options.detach:
+    if not detach:
         run.wait()
     return 0

@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from biokit.errors import RunError
+from biokit.launch.job_status import find_job
 from biokit.launch.orders import Order, read_order
-from biokit.launch.status import read_status, read_supervisor
+from biokit.launch.states import SupervisorState, read_state
+from biokit.launch.status import read_status
 from biokit.runs import RunFolder
 from biokit.secrets import mask_words
 
 PACKAGES = ("biokit", "torch", "numpy", "deepspeed", "megatron-core", "rdkit")
 GIT_TIMEOUT_S = 10.0
+HASH_DIGITS = 12  # enough to tell two of them apart
 
 
 def collect_facts(order: Order, where: Path | None = None) -> dict[str, Any]:
@@ -69,7 +72,7 @@ def read_git(where: Path) -> dict[str, Any]:
             continue
         changes = _git(folder, "diff", "HEAD", "--no-ext-diff", "--no-textconv")
         state: dict[str, Any] = {"commit": commit.decode().strip(), "dirty": bool(changes)}
-        return state | ({"changes": hashlib.sha256(changes).hexdigest()[:12]} if changes else {})
+        return state | ({"changes": hashlib.sha256(changes).hexdigest()[:HASH_DIGITS]} if changes else {})
     return {}
 
 
@@ -77,9 +80,9 @@ def describe_run(folder: RunFolder, status: str = "") -> dict[str, Any]:
     """The facts of a run's card: what was asked, from which state of what, and where it stands.
 
     Entries that are not known are left out: `run, status, kind, life, max_lives, step, num_steps, loss, started, ended,
-    host, layout, num_parameters, config_hash, data_hash, git, python, versions, line`.
+    host, slurm_job, layout, num_parameters, config_hash, data_hash, git, python, versions, line`.
     """
-    order, said = _order_of(folder), read_supervisor(folder)
+    order, said = _order_of(folder), read_state(folder) or SupervisorState(max_lives=0)
     manifest = read_manifest(folder)
     facts = dict(order.facts) if order else {}
     lines = folder.read_metrics()
@@ -87,14 +90,15 @@ def describe_run(folder: RunFolder, status: str = "") -> dict[str, Any]:
         "run": str(folder.path),
         "status": status or read_status(folder),
         "kind": order.kind if order else "train" if manifest else None,
-        "life": said.get("life"),
-        "max_lives": said.get("max_lives"),
+        "life": said.life,
+        "max_lives": said.max_lives,
         "step": lines[-1]["step"] if lines else manifest.get("step"),
         "num_steps": manifest.get("train_iters"),
         "loss": lines[-1].get("loss") if lines else None,
-        "started": said.get("started") or facts.get("time"),
-        "ended": said.get("ended"),
-        "host": said.get("host") or facts.get("host"),
+        "started": said.started or facts.get("time"),
+        "ended": said.ended,
+        "host": said.host or facts.get("host"),
+        "slurm_job": job.job_id if (job := find_job(folder)) else None,
         "layout": manifest.get("layout") or facts.get("layout"),
         "num_parameters": manifest.get("num_parameters"),
         "config_hash": manifest.get("config_hash") or facts.get("config_hash"),
@@ -152,7 +156,7 @@ def _comparable(folder: RunFolder) -> dict[str, str]:
     if not settings:
         texts["line"] = facts["line"]
     for name in ("config_hash", "data_hash", "num_parameters", "python", "status", "step"):
-        texts |= {name.replace("_", " "): str(facts[name])} if name in facts else {}
+        texts |= {name.replace("_", " "): str(facts[name])[:HASH_DIGITS]} if name in facts else {}
     for group in ("layout", "git", "versions"):
         texts |= {f"{group} {name}": str(value) for name, value in _mapping(facts.get(group)).items()}
     texts |= _final_losses(folder)

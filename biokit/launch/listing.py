@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from biokit.errors import BiokitError, RunError
+from biokit.launch import slurm
 from biokit.launch.facts import compare_runs, describe_run
 from biokit.launch.register import list_registered
 from biokit.launch.run import Run
@@ -91,7 +92,7 @@ def _scan(root: Path, depth: int) -> Iterator[Path]:
 
 def _is_run(path: Path) -> bool:
     folder = RunFolder(path)
-    if folder.launch_file.exists():
+    if folder.launch_file.exists() or (path / slurm.JOB_FILE).exists():
         return True
     with contextlib.suppress(RunError):  # token stores and checkpoints have a manifest too
         return "status" in folder.read_manifest()
@@ -117,7 +118,7 @@ def _cells(facts: dict[str, Any], started: float) -> Iterable[str]:
         f"{step}/{of}" if step and of else str(step or ""),
         f"{loss:.4f}" if isinstance(loss, (int, float)) and math.isfinite(loss) else str(loss or ""),
         when,
-        str(facts.get("host", "")),
+        f"Slurm job {job}" if (job := facts.get("slurm_job")) else str(facts.get("host", "")),
     )
 
 

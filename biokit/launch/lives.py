@@ -6,8 +6,11 @@ import contextlib
 import os
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
+import psutil
+
+from biokit.errors import RunError
 from biokit.launch.agent_file import PARENT, note_end
 from biokit.launch.orders import Order
 from biokit.launch.placement import Agent, place_agents
@@ -18,12 +21,18 @@ from biokit.runs import RunFolder
 class Life:
     """The agents of one launch, from their start until nothing of them is left.
 
+    Args:
+        spared: descendants of this process that are none of the life's.
+
     Raises:
         ConfigError: the order has a placement that this machine cannot carry out.
     """
 
-    def __init__(self, folder: RunFolder, order: Order, number: int, node_rank: int) -> None:
+    def __init__(
+        self, folder: RunFolder, order: Order, number: int, node_rank: int, spared: Collection[psutil.Process]
+    ) -> None:
         self.folder, self.number, self.files = folder, number, folder.life(number)
+        self._spared = spared
         self.is_training = order.kind == "train"
         self.files.create()
         self.agents = place_agents(order, self.files, number, node_rank)
@@ -64,11 +73,11 @@ class Life:
 
     def end(self, grace_s: float) -> None:
         """End all that is left: SIGTERM, after `grace_s` seconds SIGKILL."""
-        left = end_tree(grace_s=grace_s)
+        left = end_tree(grace_s=grace_s, spared=self._spared)
         for process in self.processes:
             if process.pid not in [hung.pid for hung in left]:
                 process.wait()
-        reap_adopted(())
+        reap_adopted([process.pid for process in self._spared])
         for agent, process in zip(self.agents, self.processes, strict=False):
             if process.returncode is not None:
                 self._note_end(agent, process)
@@ -87,7 +96,9 @@ class Life:
         """What a training of this life says in the manifest; empty where it has not written any."""
         if not self.is_training or self._manifest_time() == self._before:
             return ""
-        return str(self.folder.read_manifest().get("status", ""))
+        with contextlib.suppress(RunError):
+            return str(self.folder.read_manifest().get("status", ""))
+        return ""
 
     def _manifest_time(self) -> int:
         with contextlib.suppress(OSError):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from biokit.errors import DataError, EngineError, RunError
+from biokit.launch.notebook_files import literal_path, masked_output
+from biokit.launch.tree import end_with
 from biokit.runs import RunFolder
+from biokit.secrets import mask, secret_values
 
+RUNNER = "BIOKIT_NOTEBOOK_RUNNER"  # variable: process id of who executes the notebook
 DONE = ("finished", "stopped", "preprocessed")
 
 
@@ -29,11 +34,16 @@ class ExecutedNotebook:
         return "\n".join(lines + [f"  {path}" for path in files])
 
 
-def run_notebook(notebook: Path, out: Path, parameters: Mapping[str, Any] | None = None) -> ExecutedNotebook:
+def run_notebook(
+    notebook: Path, out: Path, parameters: Mapping[str, Any] | None = None, cwd: Path | None = None
+) -> ExecutedNotebook:
     """Execute a notebook with its `run_dir` parameter set to `out`; the executed copy is left there too.
+
+    Its kernel ends with this process. Parameters whose names look secret reach the kernel, but no file.
 
     Args:
         parameters: further values for its `parameters` cell.
+        cwd: where its kernel runs (default: beside the notebook).
 
     Raises:
         EngineError: papermill is not installed.
@@ -52,25 +62,31 @@ def run_notebook(notebook: Path, out: Path, parameters: Mapping[str, Any] | None
             'Install it: pip install -c constraints.txt -e ".[notebooks]"',
         ) from error
     values = {**(parameters or {}), "run_dir": str(out.resolve())}
-    _check_parameters(notebook, values)
+    check_parameters(notebook, values)
     out.mkdir(parents=True, exist_ok=True)
     executed = out / notebook.name
     folder = RunFolder(out)
     before = folder.manifest_file.stat().st_mtime_ns if folder.manifest_file.exists() else 0
     started = time.monotonic()
     try:
-        papermill.execute_notebook(
-            str(notebook), str(executed), values, kernel_name="python3", cwd=str(notebook.parent), log_output=False
-        )
+        with masked_output(executed, values) as output, _announced():
+            papermill.execute_notebook(
+                literal_path(notebook),
+                output,
+                values,
+                kernel_name="python3",
+                cwd=str(cwd or notebook.parent),
+                log_output=False,
+            )
     except (DeadKernelError, NoSuchKernel) as error:
         found = f"its kernel is not there any more or never was ({error})"
         raise RunError(f"notebook {notebook.name}", found, "Install ipykernel; look for a lack of memory") from error
     except PapermillExecutionError as error:
         raise RunError(
             f"notebook {notebook.name}",
-            f"cell {error.exec_count} failed ({error.ename}: {error.evalue})",
+            mask(f"cell {error.exec_count} failed ({error.ename}: {error.evalue})", secret_values(values)),
             f"Open {executed}: the cell is marked",
-        ) from error
+        ) from None  # the error itself would tell the secrets
     finally:
         if executed.exists():
             trust_notebook(executed)
@@ -84,6 +100,25 @@ def run_notebook(notebook: Path, out: Path, parameters: Mapping[str, Any] | None
     return ExecutedNotebook(executed, folder, time.monotonic() - started)
 
 
+def end_with_runner() -> None:
+    """Called in a kernel: make it end when `run_notebook`, which started it, is gone, and its runs with it."""
+    if os.environ.get(RUNNER) == str(os.getppid()):
+        end_with(os.getppid())
+
+
+@contextlib.contextmanager
+def _announced() -> Iterator[None]:
+    """Tell the kernels that this process starts who they belong to."""
+    before = os.environ.get(RUNNER)
+    os.environ[RUNNER] = str(os.getpid())
+    try:
+        yield
+    finally:
+        os.environ.pop(RUNNER)
+        if before is not None:
+            os.environ[RUNNER] = before
+
+
 def trust_notebook(path: Path) -> None:
     """Sign a notebook for this user, so that it opens with its pictures and widgets (as `jupyter trust` does)."""
     import nbformat
@@ -94,7 +129,12 @@ def trust_notebook(path: Path) -> None:
         notary.sign(nbformat.read(path, as_version=4))
 
 
-def _check_parameters(notebook: Path, values: Mapping[str, Any]) -> None:
+def check_parameters(notebook: Path, values: Mapping[str, Any]) -> None:
+    """Nothing, where a notebook's `parameters` cell knows all these names.
+
+    Raises:
+        DataError: no such notebook, or a parameter that it does not have.
+    """
     import papermill
 
     if not notebook.is_file():

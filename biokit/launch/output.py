@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable
@@ -50,13 +51,19 @@ class OutputTail:
             ended: nothing more will come: show all of it, begun lines too.
         """
         while True:
-            self._show_life(ended)
-            if not self._folder.life(self._life + 1).path.is_dir():
+            is_last = not self._folder.life(self._life + 1).path.is_dir()  # asked first: nothing comes in between
+            self._show_life(ended or not is_last)
+            if is_last:
                 return
-            self._show_life(ended=True)
-            self._close()
             self._life += 1
             self._say(f"[life {self._life}]")
+
+    def begin(self) -> None:
+        """Count what is shown anew: another cell of the same run begins. What was too much of the last is left out."""
+        if self._num_shown >= MAX_LINES:
+            for source in self._sources.values():
+                source.skip()
+        self._num_shown, self._started = 0, time.monotonic()
 
     def _show_life(self, ended: bool) -> None:
         for number, path in self._find_files():
@@ -70,7 +77,9 @@ class OutputTail:
                 if not (more and ended):
                     break
         if ended:
-            self._close()
+            for source in self._sources.values():
+                source.close()
+            self._sources = {}
 
     def _show(self, number: int, lines: list[str]) -> None:
         if not lines:
@@ -80,7 +89,7 @@ class OutputTail:
         self._num_shown += len(shown)
         if self._num_shown == MAX_LINES:
             shown.append(f"... {MAX_LINES:,} lines are shown; all of them are in {self._files_of_life()}")
-        self._say("\n".join(f"{label}{line}" for line in shown))
+        self._say("\n".join(f"{label}{line}" if line else label.rstrip() for line in shown))
 
     def _find_files(self) -> list[tuple[int, Path]]:
         found = [(_NUMBER.fullmatch(path.name), path) for path in self._files_of_life().glob("*.log")]
@@ -89,11 +98,6 @@ class OutputTail:
     def _files_of_life(self) -> Path:
         life: LifeFolder = self._folder.life(self._life)
         return (life.agent_log(0) if self._of_agents else life.output_file(0)).parent
-
-    def _close(self) -> None:
-        for source in self._sources.values():
-            source.close()
-        self._sources = {}
 
 
 class _Source:
@@ -117,8 +121,8 @@ class _Source:
         more = len(new) == READ_BYTES
         end = len(data) if (ended and not more) or len(data) > READ_BYTES else data.rfind(b"\n") + 1
         self._begun = data[end:]
-        text = mask(data[:end].decode("utf-8", errors="replace"))
-        lines = [line for whole in text.split("\n")[: None if not text.endswith("\n") else -1] if (line := _last(whole)) is not None]
+        text = mask(data[:end].decode("utf-8", errors="replace")).removesuffix("\n")
+        lines = [seen for line in text.split("\n") if (seen := _last(line)) is not None] if end else []
         if lines:
             self._bar = ""
         return lines + self._bar_due(wait_s), more
@@ -133,6 +137,11 @@ class _Source:
             return []
         self._bar, self._bar_shown = state, now
         return [state]
+
+    def skip(self) -> None:
+        """Go on from the end of the file."""
+        self._file.seek(0, os.SEEK_END)
+        self._begun = b""
 
     def close(self) -> None:
         self._file.close()

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from biokit.errors import ConfigError
-from biokit.launch.orders import GIVEN, HERE, Order
+from biokit.launch.orders import GIVEN, HERE, NODES, SLURM, Order
+from biokit.launch.rendezvous import find_local_address, rendezvous_flags
+from biokit.launch.srun import end_steps, srun_command
 from biokit.runs import LifeFolder
 
 OWN_OUTPUT = ("--redirects", "--tee", "--log-dir")  # torchrun's flags that say where the ranks' output goes
@@ -37,9 +39,19 @@ def place_agents(order: Order, life: LifeFolder, number: int, node_rank: int = 0
         return [Agent(node_rank, command, is_rank=True)]
     if order.placement == GIVEN:
         return [Agent(node_rank, agent_command(order, life, node_rank, ()))]
+    if order.placement == HERE and order.num_nodes == 1:
+        return [Agent(0, agent_command(order, life, 0, ["--standalone"]))]
     if order.placement == HERE:
-        return _place_here(order, life, number)
-    raise ConfigError(f"placement {order.placement!r}", "there is none of this name", "Give `here` or `given`")
+        where = f"127.0.0.1:{free_port()}"
+        return [_place_agent(order, life, number, node, where) for node in range(order.num_nodes)]
+    if order.placement == NODES:
+        return [_place_agent(order, life, number, node_rank, order.endpoint)]
+    if order.placement == SLURM:
+        run_dir = life.path.absolute().parents[1]
+        end_steps(run_dir)
+        return [Agent(0, srun_command(order, run_dir, number))]
+    do = "Give `here`, `given`, `nodes` or `slurm`"
+    raise ConfigError(f"placement {order.placement!r}", "there is none of this name on one machine", do)
 
 
 def agent_command(order: Order, life: LifeFolder, node: int, rendezvous: Sequence[str]) -> list[str]:
@@ -64,13 +76,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _place_here(order: Order, life: LifeFolder, number: int) -> list[Agent]:
-    if order.num_nodes == 1:
-        return [Agent(0, agent_command(order, life, 0, ["--standalone"]))]
-    endpoint, run_id = f"127.0.0.1:{free_port()}", f"{_run_name(life.path)}-{number}"
-    where = ["--nnodes", str(order.num_nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
-    where += ["--rdzv-id", run_id, "--local-addr", "127.0.0.1"]
-    return [Agent(node, agent_command(order, life, node, where)) for node in range(order.num_nodes)]
+def _place_agent(order: Order, life: LifeFolder, number: int, node: int, endpoint: str) -> Agent:
+    """The agent of one of several nodes."""
+    run_id, address = f"{_run_name(life.path)}-{number}", find_local_address(endpoint)
+    where = rendezvous_flags(order.num_nodes, node, endpoint, run_id, address)
+    return Agent(node, agent_command(order, life, node, where))
 
 
 def _run_name(life_path: Path) -> str:

@@ -14,58 +14,27 @@ from typing import TYPE_CHECKING, Any
 from biokit.config import RunConfig, config_hash, config_to_yaml
 from biokit.errors import RunError
 from biokit.failures import Failure, read_failure
+from biokit.launch import slurm, states
 from biokit.launch.facts import asked_file, describe_run
+from biokit.launch.failed_run import RunFailed, explain_end
+from biokit.launch.job_status import cancel_job, find_job
 from biokit.launch.orders import Order, read_order
 from biokit.launch.started import check_free, find_started, start_order
-from biokit.launch.status import find_supervisor, note_interrupted, read_status, read_supervisor
+from biokit.launch.status import find_supervisor, note_interrupted, read_status
+from biokit.launch.sweeps import task_name
 from biokit.launch.tree import end_tree
 from biokit.runs import RunFolder, write_atomically
 from biokit.stacks import Hang, read_hang
-from biokit.view.cards import Card, failure_card, hang_card, run_card
+from biokit.view.cards import Card, run_card
 from biokit.view.training import FINAL_STATES, follow, read_state, show_training
 
 if TYPE_CHECKING:
     from biokit.view.picture import Picture
 
+__all__ = ["Run", "RunFailed", "start_run", "start_training"]
 ENDED_WELL = ("finished", "stopped", "preprocessed")
 AT_ONCE_S = 8.0  # from SIGINT to SIGKILL of the supervisor's tree
 POLL_S = 0.1
-TAIL_LINES = 20
-
-
-class RunFailed(RunError):
-    """A run that ended otherwise than it should; IPython shows it as the failure card.
-
-    Attributes:
-        failure: why, where the run left word of it.
-        hang: where its ranks stood, where the time was up.
-    """
-
-    def __init__(
-        self, asked: str, found: str, do: str, failure: Failure | None = None, hang: Hang | None = None
-    ) -> None:
-        super().__init__(asked, found, do)
-        self.failure, self.hang = failure, hang
-
-    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        return type(self), (self.asked, self.found, self.do, self.failure, self.hang)
-
-    def _render_traceback_(self) -> list[str]:
-        """What IPython prints in place of a traceback: nobody's mistake is in the cell that waited."""
-        card = card_of(self.failure, self.hang)
-        if card is None:
-            return [f"{type(self).__name__}: {self}"]
-        from IPython.display import display
-
-        display(card)
-        return [f"{type(self).__name__}: {self.found.splitlines()[0]}"]
-
-
-def card_of(failure: Failure | None, hang: Hang | None) -> Card | None:
-    """The failure card; where there is only a hang, where the ranks stood."""
-    if failure is not None:
-        return failure_card(failure)
-    return hang_card(hang) if hang is not None else None
 
 
 class Run:
@@ -89,10 +58,14 @@ class Run:
             RunError: the folder holds no run.
         """
         found = folder if isinstance(folder, RunFolder) else RunFolder(folder)
-        files = (found.launch_file, found.manifest_file, found.config_file, found.metrics_file())
+        job_file = found.path / slurm.JOB_FILE
+        files = (found.launch_file, found.manifest_file, found.config_file, found.metrics_file(), job_file)
         if not any(file.exists() for file in files):
             what = "it holds no run" if found.path.is_dir() else "there is no such folder"
             raise RunError(f"run {found.path}", what, "Give the folder of a run; `biokit runs list` names them")
+        if (job := find_job(found)) is not None and job.kind == slurm.SWEEP:
+            do = f"Give one of them, e.g. {found.path / task_name(0)}"
+            raise RunError(f"run {found.path}", f"it is an array of {job.num_tasks} runs", do)
         return cls(found)
 
     @property
@@ -122,8 +95,9 @@ class Run:
     @property
     def started(self) -> float:
         """When, in unix seconds; 0: not known."""
-        order_time = self.folder.launch_file.stat().st_mtime if self.folder.launch_file.exists() else 0.0
-        return float(read_supervisor(self.folder).get("started", order_time))
+        if said := states.read_state(self.folder):
+            return said.started
+        return self.folder.launch_file.stat().st_mtime if self.folder.launch_file.exists() else 0.0
 
     @property
     def life(self) -> int:
@@ -206,23 +180,30 @@ class Run:
     def stop(self, timeout_s: float = 60.0) -> str:
         """End the run: a training saves a checkpoint at the next step boundary.
 
-        The STOP file asks for it, after `timeout_s` SIGTERM, after as long again SIGKILL ends the whole tree.
+        The STOP file asks for it, after `timeout_s` SIGTERM, after as long again SIGKILL ends the whole tree. A Slurm
+        job is cancelled: at once where it is queued, else after `timeout_s`.
 
         Returns:
             The status that it ended with.
 
         Raises:
+            EngineError: it is a Slurm job's, and Slurm is not on this machine.
             RunError: it still runs, and its supervisor is not on this host.
         """
-        if self.ended:
-            return self.status
-        if not self._ended_within(timeout_s, asking=True):
-            supervisor = find_supervisor(self.folder)
-            if supervisor is None:
-                host = read_supervisor(self.folder).get("host", "a host that is not known")
+        job, status = find_job(self.folder), self.status
+        if job is not None and status == "queued":
+            cancel_job(self.folder, job, begun=False)
+        elif status not in FINAL_STATES and not self._ended_within(timeout_s, asking=True):
+            if job is not None:
+                cancel_job(self.folder, job, begun=True)
+                self._ended_within(timeout_s)
+            else:
+                self._signal_and_end(signal.SIGTERM, timeout_s)
+            if self.alive:
+                said = states.read_state(self.folder)
+                host = f" on {said.host}" if said else ""
                 found = f"it still runs after {timeout_s:g} s, and nobody on this host supervises it"
-                raise RunError(f"stop {self.folder.path}", found, f"Wait longer, or end it on {host}")
-            self._signal_and_end(signal.SIGTERM, timeout_s)
+                raise RunError(f"stop {self.folder.path}", found, f"Wait longer, or end it{host}")
         return self.status
 
     def wait(self, timeout_s: float | None = None, *, show: bool = True) -> Run:
@@ -254,27 +235,8 @@ class Run:
             RunFailed: it ended otherwise.
         """
         status = self.status
-        if status not in FINAL_STATES or status in ENDED_WELL:
-            return
-        failure, hang = self.failure, self.hang
-        headline = f": {failure.headline}" if failure else f": {hang.verdict}" if hang else ""
-        card = card_of(failure, hang)
-        why = card.text if card else self._last_words()
-        goes_on = "it goes on from its last checkpoint" if self.kind == "train" else f"see {self.folder.path}"
-        do = f"Mend the cause and start it again: {goes_on}"
-        raise RunFailed(f"run {self.folder.path}", f"{status}{headline}\n{why}\n", do, failure, hang)
-
-    def _last_words(self) -> str:
-        """The end of what was said by whom it may concern, where no card says it."""
-        with contextlib.suppress(RunError):
-            error = self.folder.read_manifest().get("error")
-            if error and self.kind == "train":
-                return str(error)
-        log = self.folder.logs / "supervisor.log"
-        if log.exists():
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-            return "\n".join([f"The end of {log}:", *lines[-TAIL_LINES:]])
-        return "Nobody said why."
+        if status in FINAL_STATES and status not in ENDED_WELL:
+            raise explain_end(self.folder, status, self.kind)
 
     def _ended_within(self, timeout_s: float, asking: bool = False) -> bool:
         end = time.monotonic() + timeout_s

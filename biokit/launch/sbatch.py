@@ -136,9 +136,8 @@ def _output(request: JobRequest) -> list[str]:
     if "\\" in path or "%" in str(request.run_dir):
         found = "Slurm reads % and \\ in the path of a job's output in its own way"
         raise ConfigError(f"run folder {request.run_dir}", found, "Give a --run-dir without them")
-    return ["#", "# What the job says goes on in one file when it is requeued.", _option("output", path)] + [
-        _option("open-mode", "append")
-    ]
+    lines = ["#", "# What the job says; when it is put back into the queue, the same file goes on."]
+    return [*lines, _option("output", path), _option("open-mode", "append")]
 
 
 def _from_site(site: Site) -> list[str]:

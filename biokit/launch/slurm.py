@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,6 +40,7 @@ class Job:
         parameters: what this run was given; of an array's task, with what sets it apart.
         varied: names of the parameters that differ within the array.
         num_tasks: of an array.
+        signal_before_s: how long before its time limit the job is told.
         outcome: how the job itself ended: `finished`, `stopped`, `requeued`, `failed`; empty: it did not say.
         error: why it failed.
     """
@@ -50,6 +52,7 @@ class Job:
     parameters: dict[str, Any] = field(default_factory=dict)
     varied: tuple[str, ...] = ()
     num_tasks: int = 0
+    signal_before_s: float = 0.0
     job_id: str = ""
     submitted: float = 0.0
     outcome: str = ""
@@ -62,8 +65,8 @@ class QueueEntry:
 
     job_id: str
     state: str
-    reason: str
     nodes: str
+    reason: str
 
     @property
     def is_waiting(self) -> bool:
@@ -107,7 +110,9 @@ def submit_script(script: Path) -> str:
     """
     folder = script.parent
     if shutil.which("sbatch") is None:
-        do = f"On a login node that sees this folder, run: sbatch {script}. If none does: rsync -a {folder}/ HOST:{folder}/"
+        path = shlex.quote(str(folder))
+        copy = f"rsync -a {path}/ HOST:{path}/"
+        do = f"On a login node that sees the folder: sbatch {path}/{script.name}; where none does, copy it first: {copy}"
         raise EngineError(f"submit {script}", "sbatch is not on this machine", do)
     answer = ask_slurm(["sbatch", "--parsable", str(script)], "submit the job")
     return answer.strip().splitlines()[-1].split(";")[0]
@@ -115,15 +120,12 @@ def submit_script(script: Path) -> str:
 
 def look_up(job_ids: Iterable[str]) -> dict[str, QueueEntry]:
     """What Slurm says of jobs or arrays' tasks that it still knows, by id; nothing of those that it has forgotten."""
-    wanted = list(job_ids)
-    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r|%N"]
-    found: dict[str, QueueEntry] = {}
-    for line in ask_slurm([*command, f"--jobs={','.join(wanted)}"], "look at the queue", fails="").splitlines():
-        job_id, _, rest = line.partition("|")
-        state, _, rest = rest.partition("|")
-        reason, _, nodes = rest.rpartition("|")
-        found[job_id] = QueueEntry(job_id, state, reason, nodes)
-    return found
+    wanted = set(job_ids)
+    whole = ",".join(sorted({job_id.partition("_")[0] for job_id in wanted}))
+    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%N|%r", f"--jobs={whole}"]
+    lines = ask_slurm(command, "look at the queue", fails="").splitlines()
+    entries = [QueueEntry(*line.split("|", 3)) for line in lines]
+    return {entry.job_id: entry for entry in entries if entry.job_id in wanted}
 
 
 def job_state(job_id: str) -> str:
@@ -208,8 +210,9 @@ def ask_slurm(words: Sequence[str], asked: str, fails: str | None = None) -> str
 
 def _environment() -> dict[str, str]:
     """Without what an allocation that this process is in would add to a new job."""
-    kept = ("SLURM_CONF",)
-    return {k: v for k, v in os.environ.items() if k in kept or not (k.startswith("SLURM_") or k == PARENT)}
+    inside = "SLURM_JOB_ID" in os.environ
+    own = [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"] if inside else []
+    return {name: value for name, value in os.environ.items() if name not in (PARENT, *own)}
 
 
 def _ask_accounts(job_id: str) -> str:

@@ -15,6 +15,7 @@ from biokit.errors import RunError
 from biokit.launch.facts import collect_facts
 from biokit.launch.orders import SLURM, Order
 from biokit.launch.starting import start_supervisor
+from biokit.launch.states import ENDED, read_state
 from biokit.launch.status import is_locked, is_supervised
 from biokit.runs import RunFolder
 
@@ -45,12 +46,21 @@ def start_order(folder: RunFolder, order: Order, detach: bool, variables: Mappin
     """
     if order.placement == SLURM:
         raise RunError(f"start {folder.path}", "its order is for a Slurm job", "Submit it with `biokit submit`")
+    complete = complete_order(folder, order)
+    process = start_supervisor(folder, complete, detach=detach, variables=variables)
+    _started[folder.path.resolve()] = Started(process, detach, os.getpid())
+
+
+def complete_order(folder: RunFolder, order: Order) -> Order:
+    """An order with the facts of now; what an earlier run of the folder left of its end is removed.
+
+    Raises:
+        RunError: a run is alive in the folder.
+    """
     check_free(folder)
     for file in (folder.failure_file, folder.hang_file, folder.result_file):
         file.unlink(missing_ok=True)
-    complete = replace(order, facts=collect_facts(order))
-    process = start_supervisor(folder, complete, detach=detach, variables=variables)
-    _started[folder.path.resolve()] = Started(process, detach, os.getpid())
+    return replace(order, facts=collect_facts(order))
 
 
 def check_free(folder: RunFolder) -> None:
@@ -59,7 +69,10 @@ def check_free(folder: RunFolder) -> None:
     Raises:
         RunError: there is one.
     """
-    ours = find_started(folder)
+    ours, said = find_started(folder), read_state(folder)
+    if ours is not None and said is not None and said.pid == ours.process.pid and said.state == ENDED:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it is leaving
+            ours.process.wait(EXIT_GRACE_S)
     if (ours is not None and ours.alive) or is_supervised(folder) or is_locked(folder):
         found = "another run is alive in it"
         raise RunError(f"start a run in {folder.path}", found, "Stop it, or give another run_dir")

@@ -29,15 +29,7 @@ def start_supervisor(
     Raises:
         RunError: the folder cannot be made, or another supervisor is at work in it.
     """
-    folder.create()
-    state = read_state(folder)
-    if state is not None and not state.is_over:
-        found = "it is running under another supervisor"
-        raise RunError(f"start a run in {folder.path}", found, "Stop it, or give another run_dir")
-    folder.clear_stop()
-    for old in folder.supervisor_file().parent.glob("*.json"):  # of an earlier run: they would pass for this one's
-        old.unlink(missing_ok=True)
-    write_order(folder, order)
+    prepare_folder(folder, order)
     owner = [] if detach else ["--owner", str(os.getpid())]
     with (folder.logs / "supervisor.log").open("ab") as log:
         return _starter.submit(
@@ -49,3 +41,20 @@ def start_supervisor(
             env={**os.environ, **(variables or {})},
             start_new_session=True,
         ).result()
+
+
+def prepare_folder(folder: RunFolder, order: Order) -> None:
+    """Write an order into a run folder, for its supervisor; what earlier ones said there is removed.
+
+    Raises:
+        RunError: the folder cannot be made, or another supervisor is at work in it.
+    """
+    folder.create()
+    state = read_state(folder)
+    if state is not None and not state.is_over:
+        found = "it is running under another supervisor"
+        raise RunError(f"start a run in {folder.path}", found, "Stop it, or give another run_dir")
+    folder.clear_stop()
+    for old in folder.supervisor_file().parent.glob("*.json"):  # of an earlier run: they would pass for this one's
+        old.unlink(missing_ok=True)
+    write_order(folder, order)

@@ -7,21 +7,29 @@ supervises (`biokit train` by hand) is known by its manifest, its lock and the t
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from biokit.errors import RunError
+from biokit.launch.job_status import find_job, status_of_job
 from biokit.launch.orders import SLURM, read_order
-from biokit.launch.states import ENDED, EXIT_CODES, FAILED, FINISHED, INTERRUPTED, WAITING
+from biokit.launch.states import (
+    ENDED,
+    EXIT_CODES,
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    WAITING,
+    SupervisorState,
+    read_state,
+    write_state,
+)
 from biokit.launch.tree import find_process
-from biokit.runs import RunFolder, write_atomically
+from biokit.runs import RunFolder
 from biokit.view.training import FINAL_STATES
 
 START_S = 60.0  # from an order to the supervisor's first word
@@ -29,54 +37,45 @@ SILENT_S = 30.0  # who is on another host, or nobody knows where, and has said n
 STEPS_SILENT = 10  # a training without a supervisor may be silent for so many of its steps
 
 
-def read_supervisor(folder: RunFolder, node: int = 0) -> dict[str, Any]:
-    """What a node's supervisor says of itself (`SupervisorState`); empty where there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        said = json.loads(folder.supervisor_file(node).read_text(encoding="utf-8"))
-        if isinstance(said, dict):
-            return said
-    return {}
-
-
 def find_supervisor(folder: RunFolder, node: int = 0) -> psutil.Process | None:
     """The living process of a supervisor on this host; None where it is gone, or on another host."""
-    said = read_supervisor(folder, node)
-    if said.get("host") != socket.gethostname():
-        return None
-    return find_process(int(said.get("pid", 0)), float(said.get("pid_started", 0.0)))
+    said = read_state(folder, node)
+    return find_process(said.pid, said.pid_started) if said is not None and said.host == socket.gethostname() else None
 
 
 def is_supervised(folder: RunFolder, node: int = 0) -> bool:
     """Whether a supervisor works in the folder now: its process is there on this host, or beats on another."""
-    said = read_supervisor(folder, node)
-    if not said or said.get("state") == ENDED:
-        return False
-    if said.get("host") == socket.gethostname():
-        return find_supervisor(folder, node) is not None
-    return time.time() - float(said.get("beat", 0.0)) < SILENT_S
+    said = read_state(folder, node)
+    return said is not None and not said.is_over
 
 
 def note_interrupted(folder: RunFolder, node: int = 0) -> None:
     """Say for a supervisor that was killed how its run ended."""
-    said = read_supervisor(folder, node)
-    said |= {"state": ENDED, "outcome": INTERRUPTED, "ended": time.time(), "code": EXIT_CODES[INTERRUPTED]}
-    write_atomically(folder.supervisor_file(node), json.dumps(said, indent=1) + "\n")
+    if said := read_state(folder, node):
+        said.state, said.outcome, said.code, said.ended = ENDED, INTERRUPTED, EXIT_CODES[INTERRUPTED], time.time()
+        write_state(folder, said, node)
 
 
 def read_status(folder: RunFolder) -> str:
     """One of: starting, queued, running, stopping, `waiting for life k`, finished, stopped, failed, timed out,
     interrupted, preprocessed, and lost: nobody has said how it ended, and nobody is there any more.
     """
-    said = read_supervisor(folder)
-    if not said:
+    status, job = _status_here(folder), find_job(folder)
+    return status if job is None else status_of_job(folder, job, status)
+
+
+def _status_here(folder: RunFolder) -> str:
+    """As far as the run folder and the processes of this host say."""
+    said = read_state(folder)
+    if said is None:
         return _status_of_order(folder) if folder.launch_file.exists() else _status_of_training(folder)
-    if not is_supervised(folder):
+    if said.is_over:
         if is_locked(folder):  # it was started again without a supervisor
             return _status_of_training(folder)
-        return _outcome(folder, said) if said.get("state") == ENDED else "lost"
+        return _outcome(folder, said) if said.state == ENDED else "lost"
     if folder.stop_requested():
         return "stopping"
-    return f"waiting for life {said['life'] + 1}" if said["state"] == WAITING else str(said["state"])
+    return f"waiting for life {said.life + 1}" if said.state == WAITING else said.state
 
 
 def is_locked(folder: RunFolder) -> bool:
@@ -90,19 +89,18 @@ def is_locked(folder: RunFolder) -> bool:
     return any("FLOCK" in line and key in line and "->" not in line for line in table.splitlines())
 
 
-def _outcome(folder: RunFolder, said: Mapping[str, Any]) -> str:
+def _outcome(folder: RunFolder, said: SupervisorState) -> str:
     """How the supervisor saw the run end; a training says itself whether it only preprocessed."""
-    outcome = str(said.get("outcome") or FAILED)
-    if outcome == FINISHED and _written(folder.manifest_file) >= float(said.get("started", 0.0)):
+    if said.outcome == FINISHED and _written(folder.manifest_file) >= said.started:
         with contextlib.suppress(RunError):
             return "preprocessed" if folder.read_manifest().get("status") == "preprocessed" else FINISHED
-    return outcome
+    return said.outcome or FAILED
 
 
 def _status_of_order(folder: RunFolder) -> str:
     """Of a run whose supervisor has not spoken yet."""
     with contextlib.suppress(RunError):
-        if read_order(folder).placement == SLURM:
+        if read_order(folder).placement == SLURM or find_job(folder):
             return "queued"
     return "starting" if time.time() - _written(folder.launch_file) < START_S else "lost"
 

@@ -25,14 +25,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from biokit import failures, stacks
 from biokit.errors import BiokitError, RunError
 from biokit.launch import states
 from biokit.launch.lives import Life
-from biokit.launch.orders import Order, read_order
+from biokit.launch.orders import NODES, Order, read_order
 from biokit.launch.register import register_run
 from biokit.launch.states import SupervisorState, write_state
-from biokit.launch.tree import become_subreaper, end_tree, reap_adopted
+from biokit.launch.tree import become_subreaper, end_tree, list_descendants
 from biokit.launch.watchdog import Watchdog
 from biokit.runs import RunFolder
 from biokit.secrets import mask_file
@@ -78,6 +80,10 @@ def supervise(folder: RunFolder, order: Order, node_rank: int = 0, owner: int = 
     Raises:
         RunError: another supervisor is at work in the folder.
     """
+    if order.placement == NODES:
+        from biokit.launch.nodes import supervisor_of_node
+
+        return supervisor_of_node(folder, order, node_rank, owner, limits or Limits()).run()
     return Supervisor(folder, order, node_rank, owner, limits or Limits()).run()
 
 
@@ -88,6 +94,7 @@ class Supervisor:
         self.folder, self.order, self.node_rank, self.owner, self.limits = folder, order, node_rank, owner, limits
         self.state = SupervisorState.of_this_process(order.max_lives)
         self._failure: failures.Failure | None = None
+        self._spared: list[psutil.Process] = []
         self._signal = Ask.NOTHING
         self._asked_before = Ask.NOTHING
         self._stop_looked_at = 0.0
@@ -96,17 +103,20 @@ class Supervisor:
 
     def run(self) -> int:
         """From the first life to the last."""
+        self._spared = list_descendants()
         become_subreaper()
         with _locked(self.folder, self.node_rank), self._signals():
             outcome = states.FAILED
             self._register()
             try:
                 outcome = self._run_lives()
+            except BiokitError as error:
+                say(str(error))
             except BaseException:
                 say(f"the supervisor itself failed:\n{traceback.format_exc()}")
             finally:
-                end_tree(grace_s=0)
-                reap_adopted(())
+                if left := end_tree(grace_s=0, spared=self._spared):
+                    say(f"could not be ended: processes {', '.join(str(process.pid) for process in left)}")
                 if self.node_rank == 0:
                     self.folder.clear_stop()
                 code = states.EXIT_CODES[outcome]
@@ -133,7 +143,7 @@ class Supervisor:
     def _run_life(self, number: int) -> str:
         """One launch; how it ended."""
         self._write(state=states.RUNNING, life=number, next_life_at=0.0)
-        life = Life(self.folder, self.order, number, self.node_rank)
+        life = Life(self.folder, self.order, number, self.node_rank, self._spared)
         say(f"life {number}: begun")
         watchdog = Watchdog(life, self.limits.watchdog_s)
         outcome = ""
@@ -143,10 +153,14 @@ class Supervisor:
         if not outcome:
             outcome = self._judge(life)
             life.end(self.limits.grace_s)  # what the program left running
+        return self._conclude(life, outcome)
+
+    def _conclude(self, life: Life, outcome: str) -> str:
+        """Leave what there is to tell of a life that is over; its outcome."""
         self._mask(life)
-        say(f"life {number}: {outcome}, exit codes of its agents: {life.poll()}")
+        say(f"life {life.number}: {outcome}, exit codes of its agents: {life.poll()}")
         if outcome in (states.FAILED, states.TIMED_OUT):
-            self._note_failure(number)
+            self._note_failure(life.number)
         return outcome
 
     def _look_after(self, life: Life, watchdog: Watchdog) -> str:
@@ -159,7 +173,8 @@ class Supervisor:
             if self.order.kind != "train":
                 life.end(self.limits.grace_s)
                 return states.STOPPED
-            self.folder.request_stop()  # again and again: a training that just starts clears an older one
+            if not self.folder.stop_requested():  # again and again: a training that just starts clears an older one
+                self.folder.request_stop()
             if time.monotonic() > self._term_at + self.limits.checkpoint_s:
                 say(f"no checkpoint within {self.limits.checkpoint_s:g} s")
                 life.end(self.limits.grace_s)
@@ -315,7 +330,8 @@ def _locked(folder: RunFolder, node_rank: int) -> Iterator[None]:
 
 def say(text: str) -> None:
     """A line of the supervisor's log."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+    with contextlib.suppress(OSError):  # a full disk must not end the run
+        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 def main() -> int:

@@ -8,16 +8,16 @@ ProteinLM's scripts) that process is a node's launcher; with several a node (A4S
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shlex
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from biokit.config import RunConfig
 from biokit.errors import ConfigError, EngineError
+from biokit.launch.rendezvous import check_port, find_local_address, network_variables, rendezvous_flags
 from biokit.layouts import find_layout
 from biokit.parallel.grid import Layout
 from biokit.process import choose_device
@@ -35,6 +35,11 @@ class Nodes:
     num_processes: int = 1
     master_addr: str = ""
     master_port: int = 0
+
+    @property
+    def endpoint(self) -> str:
+        """Where they meet, `host:port`; empty for one node that finds a port by itself."""
+        return f"{self.master_addr or 'localhost'}:{self.master_port}" if self.master_port else ""
 
 
 @dataclass(frozen=True)
@@ -90,43 +95,61 @@ def plan_launch(config: RunConfig, words: Sequence[str], environment: Mapping[st
     mpi = f"{MPI}SIZE" in environment
     note = f"mpirun started one launcher a node: this is node {nodes.node_rank} of {nodes.num_nodes}." if mpi else ""
     port = 0 if nodes.node_rank else nodes.master_port
-    return Launch(torchrun_command(nodes, arguments), one_thread(environment), layout, note, port)
+    address = find_local_address(nodes.endpoint) if nodes.num_nodes > 1 else ""
+    command = torchrun_command(nodes, arguments, Path(config.run_dir).name, address)
+    variables = one_thread(environment) | network_variables(address, environment)
+    return Launch(command, variables, layout, note, port)
 
 
-def check_port(port: int) -> None:
-    """Open a port and give it back.
-
-    Raises:
-        ConfigError: another process has it, or this one may not open it.
-    """
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    with socket.socket(family) as probe:
-        if family == socket.AF_INET6:
-            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # as torch does: in use for either is in use
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a run that has just ended does not count
-        try:
-            probe.bind(("", port))  # and not listen: ranks of other nodes may be trying to connect
-        except OSError as error:
-            reason = "in use" if error.errno == errno.EADDRINUSE else f"not to be had ({error.strerror})"
-            found = f"port {port} is {reason} on this machine"
-            raise ConfigError(
-                f"MASTER_PORT={port}", found, "Give another MASTER_PORT, the same on every node"
-            ) from error
-
-
-def torchrun_command(nodes: Nodes, arguments: Sequence[str]) -> list[str]:
+def torchrun_command(nodes: Nodes, arguments: Sequence[str], run_id: str, local_addr: str = "") -> list[str]:
     """The command line that starts `biokit arguments...` in every process of this node.
 
     Args:
         nodes: one node without a port finds a free one by itself.
+        run_id: of the run, the same on all nodes.
+        local_addr: under which the other nodes reach this one.
     """
-    if nodes.num_nodes == 1 and not nodes.master_port:
-        where = ["--standalone"]
-    else:
-        where = ["--nnodes", str(nodes.num_nodes), "--node-rank", str(nodes.node_rank)]
-        where += ["--master-addr", nodes.master_addr or "localhost", "--master-port", str(nodes.master_port)]
+    where = ["--standalone"]
+    if nodes.endpoint:
+        where = rendezvous_flags(nodes.num_nodes, nodes.node_rank, nodes.endpoint, run_id, local_addr)
     torchrun = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(nodes.num_processes)]
     return [*torchrun, "-m", "biokit", *arguments]
+
+
+def node_commands(
+    config_words: Sequence[str],
+    num_nodes: int,
+    nproc_per_node: int,
+    address: str,
+    port: int = DEFAULT_PORT,
+    further: Sequence[str] = (),
+) -> list[str]:
+    """The command line to start on each node, quoted for a shell.
+
+    Args:
+        config_words: the configuration's name and overrides, as `biokit train` takes them.
+        address: of node 0, as every node reaches it; `port`: a free one there.
+        further: flags of `biokit launch`.
+    """
+    where = ["--nnodes", str(num_nodes), "--nproc-per-node", str(nproc_per_node)]
+    where += ["--master-addr", address, "--master-port", str(port), *further]
+    start = [sys.executable, "-m", "biokit", "launch", *config_words]
+    return [shlex.join([*start, *where, "--node-rank", str(node)]) for node in range(num_nodes)]
+
+
+def list_node_commands(
+    config: RunConfig, words: Sequence[str], environment: Mapping[str, str], further: Sequence[str] = ()
+) -> list[str]:
+    """`node_commands` for the nodes that the environment tells of.
+
+    Raises:
+        ConfigError: an impossible layout, a variable that cannot be right, or no MASTER_ADDR.
+    """
+    defaults = {"MASTER_PORT": str(DEFAULT_PORT), **environment, "NODE_RANK": "0"}
+    nodes = read_nodes(config, {name: value for name, value in defaults.items() if not name.startswith(MPI)})
+    find_layout(config, nodes.num_nodes * nodes.num_processes)
+    sizes = (nodes.num_nodes, nodes.num_processes)
+    return node_commands(words, *sizes, nodes.master_addr or "localhost", nodes.master_port, further)
 
 
 def read_nodes(config: RunConfig, environment: Mapping[str, str]) -> Nodes:

@@ -45,13 +45,14 @@ def end_with(parent_pid: int) -> None:
     threading.Thread(target=_watch_parent, args=(parent_pid,), daemon=True, name="biokit-watch-parent").start()
 
 
-def list_descendants(pid: int | None = None) -> list[psutil.Process]:
-    """All living descendants of a process (default: this one); zombies do not count."""
+def list_descendants(pid: int | None = None, spared: Collection[psutil.Process] = ()) -> list[psutil.Process]:
+    """All living descendants of a process (default: this one), without the spared ones and theirs; no zombies."""
     try:
         found = psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-    return [process for process in found if is_alive(process)]
+    kept = {other for one in spared if is_alive(one) for other in (one, *list_descendants(one.pid))}
+    return [process for process in found if process not in kept and is_alive(process)]
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -70,11 +71,14 @@ def find_process(pid: int, started: float) -> psutil.Process | None:
     return None
 
 
-def end_tree(pid: int | None = None, grace_s: float = 5.0) -> list[psutil.Process]:
+def end_tree(
+    pid: int | None = None, grace_s: float = 5.0, spared: Collection[psutil.Process] = ()
+) -> list[psutil.Process]:
     """End a process and all its descendants; of this process (the default) only the descendants.
 
     Args:
         grace_s: from SIGTERM, which all get at once, to SIGKILL. 0: SIGKILL at once.
+        spared: descendants that are left alone, and theirs.
 
     Returns:
         What even SIGKILL did not end within `KILL_LIMIT_S` seconds.
@@ -85,12 +89,12 @@ def end_tree(pid: int | None = None, grace_s: float = 5.0) -> list[psutil.Proces
             known.add(psutil.Process(pid))
     start = pid or os.getpid()
     if grace_s > 0:
-        _signal(_find_tree(start, known), signal.SIGTERM)
+        _signal(_find_tree(start, known, spared), signal.SIGTERM)
         end = time.monotonic() + grace_s
-        while _find_tree(start, known) and time.monotonic() < end:
+        while _find_tree(start, known, spared) and time.monotonic() < end:
             time.sleep(SCAN_S)
     end = time.monotonic() + KILL_LIMIT_S
-    while (left := _find_tree(start, known)) and time.monotonic() < end:  # again: they may fork meanwhile
+    while (left := _find_tree(start, known, spared)) and time.monotonic() < end:  # again: they may fork meanwhile
         _signal(left, signal.SIGKILL)
         time.sleep(SCAN_S)
     return left
@@ -104,10 +108,10 @@ def reap_adopted(own: Collection[int]) -> None:
                 os.waitpid(child.pid, os.WNOHANG)
 
 
-def _find_tree(start: int, known: set[psutil.Process]) -> list[psutil.Process]:
+def _find_tree(start: int, known: set[psutil.Process], spared: Collection[psutil.Process]) -> list[psutil.Process]:
     """Who of a tree lives. `known` grows: descendants whose parent ended are found although nothing leads to them."""
     for root in [start, *(process.pid for process in known if is_alive(process))]:
-        known.update(list_descendants(root))
+        known.update(list_descendants(root, spared))
     return [process for process in known if is_alive(process)]
 
 

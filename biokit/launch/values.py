@@ -141,12 +141,12 @@ class _Writer:
         if not _PLAIN_ARRAY.fullmatch(dtype.str):
             do = "Give its tolist()" if dtype.kind == "O" else "Give an array of numbers or texts"
             raise self._refuse(place, f"an array of type {dtype}", do)
-        if not dtype.itemsize:  # texts that are all empty
-            return self._encode_array(value.astype(f"{dtype.kind}1"), place)
         flat = np.ascontiguousarray(value).reshape(-1)
+        if not dtype.itemsize:  # texts that are all empty
+            flat = flat.astype(f"{dtype.kind}1")
         kind = "array" if type(value) is np.ndarray else "scalar"
         stored = flat if _NATIVE.fullmatch(dtype.str) else flat.view(np.uint8)
-        return self._keep(kind, stored, dtype.str, value.shape)
+        return self._keep(kind, stored, flat.dtype.str, value.shape)
 
     def _encode_tensor(self, value: Any, place: str) -> Any:
         import torch
@@ -219,7 +219,7 @@ def _decode_tensor(stored: Any, dtype: str, shape: list[int]) -> Any:
     import torch
 
     kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype):
+    if not isinstance(kind, torch.dtype) or dtype.startswith("q"):
         raise ValueError(f"a tensor of type {dtype}")
     flat = torch.from_numpy(stored).view(kind) if stored.size else torch.empty(0, dtype=kind)
     return flat.reshape(shape)

@@ -19,8 +19,9 @@ from typing import Any
 
 from biokit.errors import RunError
 from biokit.failures import Failure, RankError, collect_failure, save_failure
+from biokit.launch.failed_run import RunFailed
 from biokit.launch.orders import Order
-from biokit.launch.run import RunFailed, start_run
+from biokit.launch.run import start_run
 from biokit.launch.started import find_started
 from biokit.launch.tree import end_tree
 from biokit.launch.values import write_values
@@ -44,12 +45,14 @@ class Cell:
 
     Attributes:
         code: the text below the magic's line.
+        name: of the file that tracebacks name, without its ending.
         given: variables that all ranks get.
         wanted: names of the variables that rank 0 gives back.
         timeout_s: 0: none.
     """
 
     code: str
+    name: str
     given: dict[str, Any] = field(default_factory=dict)
     wanted: tuple[str, ...] = ()
     timeout_s: float = 0.0
@@ -65,6 +68,7 @@ class CellEnd:
         interrupted: by the user.
         groups_ended: the process groups were given up, to get a rank out of a collective.
         lost: the pool has been ended, and all variables with it.
+        hang: where the ranks stood when the time was up, or before one was got out of a collective.
     """
 
     states: dict[int, str]
@@ -133,15 +137,15 @@ class Pool:
         message = self._prepare(cell, folder)
         for member in self.members:
             member.send(message)
-        watch = CellWatch(self.members, lambda: self._supervisor.poll() is None)
-        watch.watch(self.folder.life(self.life), cell.timeout_s, look)
+        watch = CellWatch(self.members, self.folder.life(self.life), lambda: self._supervisor.poll() is None)
+        watch.watch(cell.timeout_s, look)
         if message["given"]:
             Path(message["given"]).unlink(missing_ok=True)
         return self._judge(watch, folder)
 
     def _prepare(self, cell: Cell, folder: RunFolder) -> dict[str, Any]:
         """What the ranks are told of a cell; its text and the values given to it are left as files."""
-        file, code = self.folder.path / f"cell_{self.num_cells}.py", f"\n{cell.code}"  # line 1 is the magic's own
+        file, code = self.folder.path / f"{cell.name}.py", f"\n{cell.code}"  # line 1 is the magic's own
         compile(code, str(file), "exec", dont_inherit=True)
         folder.life(1).create()
         file.write_text(mask(code), encoding="utf-8", errors="surrogateescape")
@@ -164,14 +168,14 @@ class Pool:
         failure, lost = None, watch.given_up
         if watch.stuck and not lost:
             lost = len(self._ask({"do": "end_groups"}, ANSWER_S)) < len(self.members)
-        if watch.hang is not None:
+        if watch.hang is not None and not watch.stuck:
             save_hang(self.folder, watch.hang)
         elif watch.ranks(GONE) or self._supervisor.poll() is not None:
             failure = self._find_end(watch.ranks(GONE))
         elif watch.ranks(FAILED) and not watch.interrupted:
             failure = collect_failure(folder, 1)
             log = self.folder.life(self.life).output_file(failure.causes[0].rank)
-            failure = replace(failure, life=self.life, logs=str(log))
+            failure = replace(failure, life=self.life, logs=str(log), hang=watch.hang)
         if lost:
             self.end(at_once=True)
         if failure is not None:

@@ -26,12 +26,13 @@ import psutil
 
 from biokit import failures
 from biokit.errors import RunError
+from biokit.launch.rank import LIFE
 from biokit.launch.values import read_values, write_values
 from biokit.launch.variables import describe_variables
 from biokit.launch.warm_messages import FAILED, FINISHED, INTERRUPTED, receive_message, send_message
 from biokit.runs import LifeFolder
-
-FINISHED, FAILED, INTERRUPTED = "finished", "failed", "interrupted"
+from biokit.safe_files import read_end
+from biokit.secrets import MaskedStream
 
 _BLANK = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.DEDENT, tokenize.ENDMARKER)
 
@@ -41,10 +42,12 @@ class WarmRank:
 
     Attributes:
         module: the `__main__` that cells run in.
+        output: file that it prints to.
     """
 
     def __init__(self, connection: socket.socket, rank: int, module: types.ModuleType) -> None:
         self.connection, self.rank, self.module = connection, rank, module
+        self.output = LifeFolder(Path(os.environ[LIFE])).output_file(rank)
         self._messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._in_cell = self._interrupted = False
 
@@ -93,8 +96,7 @@ class WarmRank:
         except BaseException as error:
             ended_by = error
         self._in_cell = False
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+        end_output(self.output)
         if ended_by is None:
             return FINISHED
         if self._interrupted and isinstance(ended_by, KeyboardInterrupt):
@@ -108,6 +110,7 @@ class WarmRank:
             scope.update(read_values(Path(message["given"])))
         value = run_code(message["code"], message["file"], scope)
         if value is not None:
+            end_output(self.output)
             print(to_text(value))
             scope["_"] = value
         if message["wanted"] and self.rank == 0:
@@ -130,6 +133,16 @@ def is_silenced(code: str) -> bool:
     """Whether a cell ends with a semicolon, as IPython has it; a comment may follow."""
     tokens = tokenize.generate_tokens(io.StringIO(code).readline)
     return [token.string for token in tokens if token.type not in _BLANK][-1:] == [";"]
+
+
+def end_output(file: Path) -> None:
+    """Have all that was printed stand in this rank's output file, in whole lines."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        if isinstance(stream, MaskedStream):  # it may hold back what could have been the begin of a secret
+            stream.close()
+    if read_end(file, 1) not in ("", "\n"):
+        os.write(1, b"\n")
 
 
 def to_text(value: Any) -> str:

@@ -6,6 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from biokit import stacks
 from biokit.launch.warm_members import Member, receive_any
@@ -16,7 +17,8 @@ from biokit.stacks import Hang
 POLL_S = 0.02
 PATIENCE_S = 1.0  # that the others may go on after a rank failed
 RETURN_S = 1.0  # from SIGINT until a rank is taken for stuck in a collective
-LEAVE_S = 2.0  # from then until it is given up
+ASK_S = 0.8  # for where the ranks stand
+LEAVE_S = 1.5  # for it to leave the collective, until it is given up
 BUSY, GONE = "busy", "gone"  # beside what a rank tells itself
 
 
@@ -28,24 +30,24 @@ class CellWatch:
         interrupted: by the user.
         stuck: a rank was got out of a collective by force: the process groups are broken.
         given_up: ranks are gone, do not come back, or the time is up: the pool is to be ended.
-        hang: where the ranks stood when the time was up.
+        hang: where the ranks stood when the time was up, or before one was got out of a collective.
     """
 
-    def __init__(self, members: Sequence[Member], is_supervised: Callable[[], bool]) -> None:
-        self.members, self._is_supervised = members, is_supervised
+    def __init__(self, members: Sequence[Member], life: LifeFolder, is_supervised: Callable[[], bool]) -> None:
+        self.members, self._life, self._is_supervised = members, life, is_supervised
         self.states = {member.rank: BUSY for member in members}
         self.interrupted = self.stuck = self.given_up = False
         self.hang: Hang | None = None
 
-    def watch(self, life: LifeFolder, timeout_s: float, look: Callable[[], object]) -> None:
+    def watch(self, timeout_s: float, look: Callable[[], object]) -> None:
         """Return when the cell has ended everywhere, or the rest is given up. An interrupt is taken for the cell's.
 
         Args:
-            life: of the ranks, for where they stand when the time is up.
+            timeout_s: 0: none.
             look: called many times a second.
         """
         try:
-            self._wait(life, time.monotonic() + timeout_s if timeout_s else math.inf, timeout_s, look)
+            self._wait(timeout_s, look)
         except KeyboardInterrupt:
             self.interrupted = True
         try:
@@ -64,14 +66,15 @@ class CellWatch:
         """Ranks in a state."""
         return [rank for rank, found in self.states.items() if found == state]
 
-    def _wait(self, life: LifeFolder, end: float, timeout_s: float, look: Callable[[], object]) -> None:
+    def _wait(self, timeout_s: float, look: Callable[[], object]) -> None:
+        end = time.monotonic() + timeout_s if timeout_s else math.inf
         others_until = math.inf
         while self.busy and not self.given_up and (now := time.monotonic()) < others_until:
             self._listen(look)
             if self.ranks(FAILED) or self.ranks(INTERRUPTED):
                 others_until = min(others_until, now + PATIENCE_S)
             if now > end:
-                self.hang = stacks.find_hang(life, f"the cell did not end in {timeout_s:g} s")
+                self.hang = stacks.find_hang(self._life, f"the cell did not end in {timeout_s:g} s")
                 self.given_up = True
 
     def _call_back(self, look: Callable[[], object]) -> None:
@@ -79,11 +82,19 @@ class CellWatch:
         for member in self.busy:
             member.signal(signal.SIGINT)
         self._listen_for(RETURN_S, look)
-        for member in self.busy:
+        if self.busy and not self.given_up:
             self.stuck = True
+            self.hang = self._find_stuck()
+        for member in self.busy:
             member.send({"do": "break", "peers": [other.process.pid for other in self.members if other is not member]})
         self._listen_for(LEAVE_S, look)
         self.given_up |= bool(self.busy)
+
+    def _find_stuck(self) -> Hang:
+        """Where those stand that do not come back."""
+        hang = stacks.find_hang(self._life, "the others did not come", wait_s=ASK_S)
+        busy = tuple(stack for stack in hang.ranks if self.states.get(stack.rank) == BUSY)
+        return replace(hang, ranks=busy, verdict=stacks.describe(busy))
 
     def _listen_for(self, seconds: float, look: Callable[[], object]) -> None:
         end = time.monotonic() + seconds

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from biokit import failures
 from biokit.launch.lives import Life
 from biokit.launch.tree import find_process
 from biokit.safe_files import read_object
@@ -138,7 +139,9 @@ class Watchdog:
         others = [seen for rank, seen in self._seen.items() if rank not in failed]
         if not others or any(seen.died for seen in others):
             return ""
-        return f"rank {failed[0]} waited in vain for the others"
+        error = failures.error_from(read_object(self.life.files.error_file(failed[0])))
+        at = f" ({error.place})" if error.place else ""
+        return f"rank {failed[0]} waited in vain for the others{at}"
 
 
 def _numbers(folder: Path) -> list[int]:

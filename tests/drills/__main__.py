@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
 
-from tests.drills import cut_checkpoints, kill_a_rank, kill_and_resume
+from tests.drills import cut_checkpoints, kill_a_rank, kill_and_resume, supervised
 from tests.drills.outcome import HEADER, Outcome
 
 FULL: dict[str, tuple[int, Callable[[int, int], Outcome]]] = {
     "Single": (50, kill_and_resume.run_drill),
     **{name: (20, partial(kill_a_rank.run_drill, strategy=name)) for name in kill_a_rank.LAYOUTS},
+    **{
+        f"{name}{ranks}": (20, partial(supervised.lose_a_rank, number=number, num_ranks=ranks))
+        for name, number in (("killed", signal.SIGKILL), ("stopped", signal.SIGSTOP))
+        for ranks in (2, 4)
+    },
+    "SIGTERM": (20, supervised.terminate),
     "saves": (200, cut_checkpoints.cut_saves),
     "disk": (40, cut_checkpoints.fill_the_disk),
     "bits": (100, cut_checkpoints.flip_bits),

@@ -9,13 +9,12 @@ import contextlib
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -82,8 +81,6 @@ class Cluster:
     """Two nodes that are slurmd daemons of this machine. Use as a context; leaving it ends all that it started."""
 
     def __init__(self) -> None:
-        self.root = Path(tempfile.mkdtemp(prefix="biokit-slurm-"))
-        self.root.chmod(0o755)  # munged runs as another user
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
@@ -92,6 +89,8 @@ class Cluster:
         return {**os.environ, "SLURM_CONF": str(self.root / "slurm.conf")}
 
     def __enter__(self) -> Cluster:
+        self.root = Path(tempfile.mkdtemp(prefix="biokit-slurm-"))  # short: it holds a socket
+        self.root.chmod(0o755)  # munged runs as another user
         try:
             self._write_files()
             self._start_munge()
@@ -160,7 +159,12 @@ class Cluster:
             for node, port in zip(NODES, ports[1:], strict=True)
         ]
         text = CONFIGURATION.format(
-            host=host, ports=ports, root=self.root, nodes="\n".join(lines), names=",".join(NODES), node_lost_s=NODE_LOST_S
+            host=host,
+            ports=ports,
+            root=self.root,
+            nodes="\n".join(lines),
+            names=",".join(NODES),
+            node_lost_s=NODE_LOST_S,
         )
         (self.root / "slurm.conf").write_text(text)
         (self.root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
@@ -180,14 +184,14 @@ class Cluster:
         files = {"key-file": key, "socket": socket_path, "pid-file": folder / "pid", "seed-file": folder / "seed"}
         options = [f"--{name}={path}" for name, path in {**files, "log-file": folder / "log"}.items()]
         shutil.chown(self.root, "munge", "munge")  # the socket stands here, where every user may come
-        user = ["setpriv", "--reuid", "munge", "--regid", "munge", "--clear-groups"]
-        self._start("munged", [*user, "munged", "-F", *options])
+        self._start("munged", ["munged", "-F", *options], ["--reuid", "munge", "--regid", "munge", "--clear-groups"])
         wait_until(socket_path.exists, START_S)
 
-    def _start(self, name: str, command: Sequence[str]) -> None:
+    def _start(self, name: str, command: Sequence[str], privileges: Sequence[str] = ()) -> None:
+        """Start a daemon, which also ends where the process of the tests is killed."""
         with (self.root / f"{name}.out").open("ab") as output:
             self._daemons[name] = subprocess.Popen(
-                command,
+                ["setpriv", *privileges, "--pdeathsig", "TERM", *command],
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -1,0 +1,18 @@
+"""What `%load_ext biokit` gives a notebook."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def load_magics(shell: Any) -> None:
+    """Register the magics and the completion of their flags; costs no torch."""
+    from biokit.launch.magics import TorchrunMagics, complete_flags
+    from biokit.launch.notebooks import end_with_runner
+    from biokit.launch.warm_magics import WarmMagics
+
+    end_with_runner()
+    for magics in (TorchrunMagics, WarmMagics):
+        shell.register_magics(magics)
+    if complete_flags not in shell.Completer.custom_matchers:
+        shell.Completer.custom_matchers.append(complete_flags)

@@ -1,0 +1,341 @@
+"""The line of `%torchrun` and `%%torchrun`: torchrun's own flags, read by its own parser, and a few more.
+
+Words are split as a shell would, but no shell ever sees them; `{expression}` and `$name` are replaced after the split,
+so that a value stays one word whatever it holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import functools
+import io
+import json
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from biokit.errors import ConfigError
+from biokit.launch.orders import GIVEN, HERE
+
+CELL = "cell.py"
+HELP = """%torchrun [torchrun's flags] [own flags] script.py [arguments]
+%%torchrun [torchrun's flags] [own flags] [-- arguments]      runs the cell in every process
+
+No flag says where processes meet: one node, as if --standalone was given. Own flags:
+  --out NAMES     variables of rank 0 that come back when the cell ends: arrays, tensors, numbers, texts, lists, dicts
+                  (cell only; names separated by commas)
+  --with NAMES    variables of the notebook that every rank gets first (cell only)
+  --bg            return a Run at once; it ends with this kernel
+  --detach        the same, but it outlives the kernel: it ends by --stop or after --timeout (default 24 h)
+  --timeout S     end everything after S seconds, and show where each rank stood
+  --run-dir DIR   the run folder (default: a new one under runs/torchrun)
+  --dry-run       print the command and the files that there would be, start nothing
+  --attach DIR    the Run of a folder, alive or ended        --stop DIR    end one        --status    list them
+Values: {expression} and $name become one word each, whatever they hold; {{ and $$ are the characters themselves.
+
+torchrun's own flags:
+"""
+_VALUED = ("--out", "--with", "--timeout", "--run-dir", "--attach", "--stop")
+_SWITCHES = ("--bg", "--detach", "--dry-run", "--status")
+_RENDEZVOUS = ("rdzv_backend", "rdzv_endpoint", "rdzv_id", "rdzv_conf", "node_rank", "master_addr", "master_port")
+_UNSET: Any = object()
+_MARK = re.compile("\ue000(\\d+)\ue001")  # private characters: nobody types them
+
+
+@dataclass(frozen=True)
+class MagicLine:
+    """What a line asks for.
+
+    Attributes:
+        torchrun: its flags, as its help spells them; without those that the program or the placement stand for.
+        program: what each rank runs, as Python takes it; of a cell only its arguments.
+        num_ranks: of all nodes.
+    """
+
+    torchrun: tuple[str, ...] = ()
+    program: tuple[str, ...] = ()
+    placement: str = HERE
+    num_ranks: int = 1
+    out: tuple[str, ...] = ()
+    given: tuple[str, ...] = ()
+    background: bool = False
+    detach: bool = False
+    dry_run: bool = False
+    status: bool = False
+    help: bool = False
+    timeout_s: float = 0.0
+    run_dir: str = ""
+    attach: str = ""
+    stop: str = ""
+
+
+@dataclass
+class _Split:
+    """A line taken apart: own flags by name, torchrun's words, and what follows the program."""
+
+    own: dict[str, list[str]] = field(default_factory=dict)
+    words: list[str] = field(default_factory=list)
+    program: str = ""
+    arguments: list[str] = field(default_factory=list)
+
+
+def read_line(words: Sequence[str], is_cell: bool) -> MagicLine:
+    """What a line asks for.
+
+    Raises:
+        ConfigError: torchrun's parser or one of our flags refuses it.
+    """
+    split = _split_cell(words) if is_cell else _split_line(words)
+    own = split.own
+    if "--help" in own:
+        return MagicLine(help=True)
+    if {"--attach", "--stop", "--status"} & set(own):
+        if len(own) > 1 or split.words or split.program:
+            name = next(iter({"--attach", "--stop", "--status"} & set(own)))
+            raise ConfigError(_asked(is_cell), f"{name} stands beside other words", f"Give %torchrun {name} alone")
+        return MagicLine(attach=_one(own, "--attach"), stop=_one(own, "--stop"), status="--status" in own)
+    if not is_cell and {"--out", "--with"} & set(own):
+        found = "--out and --with are for the variables of a cell"
+        raise ConfigError(_asked(is_cell), found, "Use %%torchrun, or give values as arguments: --lr {lr}")
+    torchrun = _read_torchrun(split, is_cell)
+    return MagicLine(
+        **torchrun,
+        out=_names(own, "--out"),
+        given=_names(own, "--with"),
+        background="--bg" in own or "--detach" in own,
+        detach="--detach" in own,
+        dry_run="--dry-run" in own,
+        timeout_s=_seconds(own, "--timeout"),
+        run_dir=_one(own, "--run-dir"),
+    )
+
+
+def split_words(line: str, names: Mapping[str, Any]) -> list[str]:
+    """The words of a line, quotes as in a shell, with `{expression}` and `$name` replaced; each stays one word.
+
+    Raises:
+        ConfigError: a quote that does not end, or an expression that fails.
+    """
+    spans: list[str] = []
+    hidden = "".join(_hide_spans(line, spans))
+    try:
+        words = shlex.split(hidden)
+    except ValueError as error:
+        raise ConfigError(f"%torchrun {line.strip()}", str(error), "Close the quote") from error
+    pieces = [_MARK.split(word) for word in words]  # plain text and numbers of spans in turn
+    return [
+        "".join(_expand(spans[int(piece)] if i % 2 else piece, names) for i, piece in enumerate(parts))
+        for parts in pieces
+    ]
+
+
+def describe_flags() -> str:
+    """The help text: own flags, then torchrun's."""
+    return HELP + _parser().format_help().partition("options:\n")[2]
+
+
+def list_flags() -> list[str]:
+    """All flags, as completion offers them."""
+    found = re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*(?![\w-])", _parser().format_help())
+    known = {flag for flag in found if not any(other.startswith(flag) for other in found if other != flag)}  # no begun
+    return sorted({*known, *_VALUED, *_SWITCHES})
+
+
+def _hide_spans(line: str, spans: list[str]) -> list[str]:
+    """The line in pieces, with a mark for each `{...}`: spaces and quotes in it are Python's."""
+    pieces, depth, start = [], 0, 0
+    for i, character in enumerate(line):
+        if character == "{":
+            if depth == 0:
+                pieces.append(line[start:i])
+                start = i
+            depth += 1
+        elif character == "}" and depth:
+            depth -= 1
+            if depth == 0:
+                pieces.append(f"\ue000{len(spans)}\ue001")
+                spans.append(line[start : i + 1])
+                start = i + 1
+    return [*pieces, line[start:]]
+
+
+def _expand(piece: str, names: Mapping[str, Any]) -> str:
+    """A `{...}` or plain text with its values, by IPython's rules; a dict stays as it is (JSON for a script)."""
+    if not {"{", "$"} & set(piece) or _is_dict(piece):
+        return piece
+    from IPython.utils.text import DollarFormatter
+
+    try:
+        return DollarFormatter().vformat(piece, args=[], kwargs=dict(names))
+    except Exception as error:  # any: the expression is the user's
+        if not piece.startswith("{"):
+            return piece
+        found = f"it fails ({type(error).__name__}: {error})"
+        raise ConfigError(f"%torchrun {piece}", found, "Mend it, or write {{ and }} for braces") from error
+
+
+def _is_dict(piece: str) -> bool:
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return isinstance(read(piece), dict)
+    return False
+
+
+def _split_line(words: Sequence[str]) -> _Split:
+    """Own flags are taken out up to the program: the first word with which torchrun's parser is content."""
+    split = _Split()
+    rest = _take_own(words, split)
+    for i, word in rest:
+        split.words.append(word)
+        if _try(split.words) is not None:
+            split.words, split.program, split.arguments = split.words[:-1], word, list(words[i + 1 :])
+            break
+    else:
+        if not split.own.keys() & {"--help", "--attach", "--stop", "--status"}:
+            _parse(split.words, is_cell=False)  # says what is wrong with them
+    return split
+
+
+def _split_cell(words: Sequence[str]) -> _Split:
+    split = _Split(program=CELL)
+    end = words.index("--") if "--" in words else len(words)
+    split.words = [word for _, word in _take_own(words[:end], split)]
+    split.arguments = list(words[end + 1 :])
+    return split
+
+
+def _take_own(words: Sequence[str], split: _Split) -> Any:
+    """Yield (index, word) of those that are not ours; ours go to `split.own`."""
+    i = 0
+    is_open = True  # after `--` everything is torchrun's
+    while i < len(words):
+        word = words[i]
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
+        is_open = is_open and word != "--"
+        if not is_open:
+            yield i, word
+        elif word in ("-h", "--help"):
+            split.own["--help"] = []
+        elif name in _SWITCHES and not equals:
+            split.own[name] = []
+        elif name in _VALUED:
+            if not equals:
+                i += 1
+                if i == len(words):
+                    raise ConfigError(f"%torchrun {name}", "its value is missing", "See %torchrun?")
+                value = words[i]
+            split.own.setdefault(name, []).append(value)
+        else:
+            yield i, word
+        i += 1
+
+
+def _read_torchrun(split: _Split, is_cell: bool) -> dict[str, Any]:
+    """The fields of a MagicLine that torchrun's flags decide."""
+    from torch.distributed.run import determine_local_world_size, parse_min_max_nnodes
+
+    asked = _asked(is_cell)
+    options = _parse([*split.words, split.program], is_cell)
+    if options.training_script != split.program or options.training_script_args:
+        found = f"{options.training_script} is a program, and the cell is one too"
+        raise ConfigError(asked, found, "Use %torchrun for it; arguments of the cell stand after --")
+    given = _find_given(split)
+    try:
+        _, num_nodes = parse_min_max_nnodes(options.nnodes)
+        num_local = determine_local_world_size(options.nproc_per_node)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(asked, str(error), "See %torchrun?") from error
+    meets = any(name in given or os.environ.get(f"PET_{name.upper()}") for name in _RENDEZVOUS)
+    placement = GIVEN if meets or num_nodes > 1 else HERE
+    if options.no_python and (options.module or is_cell):
+        what = "a cell" if is_cell else "--module"
+        raise ConfigError(asked, f"--no-python and {what} exclude one another", "Leave one of them out")
+    dropped = {"module", "run_path"} | ({"standalone"} if placement == HERE else set())
+    given.setdefault("nproc_per_node", options.nproc_per_node)
+    module = ["-m"] if options.module else []
+    start = [] if is_cell else [*module, split.program]
+    return {
+        "torchrun": tuple(_spell({name: value for name, value in given.items() if name not in dropped})),
+        "program": (*start, *split.arguments),
+        "placement": placement,
+        "num_ranks": num_local * num_nodes,
+    }
+
+
+def _find_given(split: _Split) -> dict[str, Any]:
+    """Which of torchrun's options stand on the line, and their values: what the parser does not set stays unset."""
+    unset = dict.fromkeys(vars(_parser().parse_args(["x"])), _UNSET)
+    options = vars(_parser().parse_args([*split.words, split.program], argparse.Namespace(**unset)))
+    return {
+        name: value for name, value in options.items() if value is not _UNSET and not name.startswith("training_script")
+    }
+
+
+def _spell(options: Mapping[str, Any]) -> list[str]:
+    words = []
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return words
+
+
+@functools.cache
+def _parser() -> argparse.ArgumentParser:
+    from torch.distributed.run import get_args_parser
+
+    parser = get_args_parser()
+    parser.prog = "%torchrun"
+    return parser
+
+
+def _try(words: Sequence[str]) -> argparse.Namespace | None:
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
+        return _parser().parse_args(list(words))
+    return None
+
+
+def _parse(words: Sequence[str], is_cell: bool) -> argparse.Namespace:
+    """torchrun's options.
+
+    Raises:
+        ConfigError: with its own words.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return _parser().parse_args(list(words))
+    except SystemExit as error:
+        found = said.getvalue().strip().rpartition("error: ")[2]
+        raise ConfigError(_asked(is_cell), found, "See %torchrun?") from error
+
+
+def _asked(is_cell: bool) -> str:
+    return "%%torchrun" if is_cell else "%torchrun"
+
+
+def _one(own: Mapping[str, list[str]], name: str) -> str:
+    return own[name][-1] if name in own else ""
+
+
+def _names(own: Mapping[str, list[str]], flag: str) -> tuple[str, ...]:
+    names = [name for value in own.get(flag, ()) for name in re.split(r"[,\s]+", value.strip()) if name]
+    for name in names:
+        if not name.isidentifier():
+            raise ConfigError(f"{flag} {name}", "it is not a name", "Give names of variables, separated by commas")
+    return tuple(dict.fromkeys(names))
+
+
+def _seconds(own: Mapping[str, list[str]], flag: str) -> float:
+    text = _one(own, flag)
+    if not text:
+        return 0.0
+    with contextlib.suppress(ValueError):
+        seconds = float(text)
+        if 0 < seconds < float("inf"):
+            return seconds
+    raise ConfigError(f"{flag} {text}", "it is not a number of seconds", "Give a number above 0")

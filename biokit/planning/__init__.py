@@ -1,0 +1,1 @@
+"""What a run would need and cost under each layout, computed before anything is queued."""

@@ -1,0 +1,142 @@
+"""Jobs on a real Slurm: two nodes, a notebook, an array, put back and cancelled, a node lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from biokit.launch import following, slurm
+from biokit.launch.notebooks import trust_notebook
+from biokit.runs import RunFolder
+from tests.slurm import jobs
+from tests.slurm.cluster import Cluster, processes_with, wait_until
+from tests.slurm.jobs import (
+    STEPS,
+    job_of,
+    last_step,
+    losses,
+    release,
+    submit,
+    wait_for_outcome,
+    wait_for_state,
+    wait_for_step,
+    write_config,
+    write_notebook,
+)
+
+NASTY = "a b'c\"d; touch PWNED $(touch PWNED) `touch PWNED`\n#SBATCH --nodes=9\ntouch PWNED"
+TWO_NODES = ("strategy=DDP", "--nodes", "2")
+AGAIN_S = 120.0  # Slurm waits 7 s before it starts a requeued job, and the machine may be busy
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two cores for all; and jobs that note themselves in a list of runs of their own."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
+    """A training on two nodes that nobody disturbs; others are compared with it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    before, os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS"), "1"
+    run = submit(write_config(folder), *TWO_NODES)
+    if before is None:
+        del os.environ["OMP_NUM_THREADS"]
+    wait_for_outcome(cluster, run, "finished", "failed")
+    yield run
+
+
+def test_a_training_on_two_nodes(cluster: Cluster, undisturbed: RunFolder) -> None:
+    job = job_of(undisturbed)
+    assert (job.outcome, job.error) == ("finished", ""), jobs.explain(cluster, undisturbed)
+    assert undisturbed.read_manifest()["status"] == "finished" and last_step(undisturbed) == STEPS
+    ranks = [json.loads(undisturbed.life(1).rank_file(rank).read_text()) for rank in (0, 1)]
+    assert {rank["node"] for rank in ranks} == {0, 1}
+    wait_for_state(cluster, undisturbed, "COMPLETED")
+    assert following.follow_job(undisturbed, queue_s=0.2)[0].ended == "finished"
+
+
+def test_an_array_and_its_table(cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = submit(write_config(tmp_path, eval_interval=20), "train.lr=1e-4,3e-3", "train.train_iters=20")
+    runs = following.follow_job(root, queue_s=0.5)
+    assert [run.ended for run in runs] == ["finished", "finished"]
+    assert [run.job.parameters for run in runs] == [{"train.lr": 1e-4}, {"train.lr": 3e-3}]
+    table = following.compare_runs(root)
+    assert [row[:4] for row in table.rows] == [["000", "0.0001", "finished", "20"], ["001", "0.003", "finished", "20"]]
+    shown = [f"{line['loss']:.4f}" for line in (RunFolder(root.path / n).read_metrics()[-1] for n in ("000", "001"))]
+    assert [row[4] for row in table.rows] == shown and shown[0] != shown[1]
+    said = capsys.readouterr().out
+    assert "2 of 2 ended" in said and shown[1] in said
+    assert "0.003" in table._repr_mimebundle_()["text/html"]
+
+
+def test_a_notebook(cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Values that look like shell text arrive as they are, and run nothing."""
+    folder = tmp_path / "it's a $(touch PWNED) folder;"
+    notebook = write_notebook(folder, write_config(folder, train_iters=8))
+    run_dir = tmp_path / "out 'x' $(touch PWNED)"
+    words = [
+        "-p",
+        "note",
+        json.dumps(NASTY),
+        "-p",
+        "lr",
+        "2e-3",
+        "--job-name",
+        "it's; touch PWNED",
+        "--run-dir",
+        run_dir,
+    ]
+    run = submit(notebook, *words)
+    notebook.unlink()  # what was submitted runs, whatever becomes of the file
+    assert following.follow_job(run, queue_s=0.5)[0].ended == "finished"
+    executed = run_dir / "train.ipynb"
+    assert f"executed notebook: {executed}" in capsys.readouterr().out
+    cells = nbformat.read(executed, as_version=4).cells
+    printed = "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
+    assert f"lr 0.002, note {NASTY!r}, finished at step 8" in printed
+    trust_notebook(executed)
+    wait_for_state(cluster, run, "COMPLETED")
+    assert "it's; touch PWNED" in cluster.ask("squeue", "-h", "-t", "all", "-o", "%j")
+    assert [str(path) for path in Path.cwd().glob("PWNED")] + [str(path) for path in tmp_path.rglob("PWNED")] == []
+
+
+def test_usr2_saves_and_puts_back(cluster: Cluster, undisturbed: RunFolder, tmp_path: Path) -> None:
+    """The requeued job goes on from the checkpoint; its curve is bitwise that of the run that nobody disturbed."""
+    run = submit(write_config(tmp_path), *TWO_NODES)
+    wait_for_step(cluster, run, 15)
+    cluster.ask("scancel", "--batch", "--signal=USR2", job_of(run).job_id)
+    wait_for_outcome(cluster, run, "requeued", "failed", "finished", timeout_s=40)
+    assert job_of(run).outcome == "requeued", jobs.explain(cluster, run)
+    reached = run.read_manifest()["step"]
+    assert 15 <= reached < STEPS and reached == run.checkpoint_steps()[-1]
+    release(cluster, run)
+    assert slurm.is_queued(run)
+    wait_for_outcome(cluster, run, "finished", "failed", timeout_s=AGAIN_S)
+    manifest = run.read_manifest()
+    assert (job_of(run).outcome, manifest["resumed_from"]) == ("finished", reached), jobs.explain(cluster, run)
+    assert losses(run) == losses(undisturbed)
+    assert "put back 1 times" in (run.logs / f"slurm-{job_of(run).job_id}.out").read_text()
+
+
+@pytest.mark.parametrize("epilog", [False, True], ids=["no epilog", "epilog"])
+def test_scancel_leaves_nothing(cluster: Cluster, tmp_path: Path, epilog: bool) -> None:
+    cluster.use_epilog(epilog)
+    run = submit(write_config(tmp_path), *TWO_NODES)
+    wait_for_step(cluster, run, 10)
+    job_id = job_of(run).job_id
+    assert len(processes_with("SLURM_JOB_ID", job_id)) >= 6  # the job, its supervisor, srun, and on each node ...
+    slurm.cancel(job_id)
+    wait_until(lambda: not processes_with("SLURM_JOB_ID", job_id), 15, lambda: jobs.explain(cluster, run))
+    wait_for_state(cluster, run, "CANCELLED", timeout_s=20)
+    time.sleep(1.0)
+    assert processes_with("SLURM_JOB_ID", job_id) == []
+    assert job_of(run).outcome in ("stopped", "interrupted")  # and not put back
