@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import signal
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from biokit.errors import EngineError
+
+_STATM = Path("/proc/self/statm")
 
 
 def choose_device(asked: str) -> torch.device:
@@ -24,6 +29,20 @@ def choose_device(asked: str) -> torch.device:
             "train.device=cuda", "torch sees no CUDA device", "Give train.device=cpu, or see `biokit doctor`"
         )
     return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes: on CUDA the most that tensors have taken so far, on the CPU what this process holds now.
+
+    Where there is no `/proc`, the most that it has held.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        return int(_STATM.read_bytes().split()[1]) * resource.getpagesize()
+    except OSError:
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
 
 
 @contextlib.contextmanager

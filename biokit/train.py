@@ -14,9 +14,11 @@ from typing import Any
 
 from biokit.checkpoint import remove_partial
 from biokit.config import RunConfig, config_to_yaml
-from biokit.errors import BiokitError, ConfigError, RunError
+from biokit.endings import PeerError, is_lost_peer
+from biokit.errors import BiokitError, ConfigError
 from biokit.layouts import find_layout
-from biokit.parallel.processes import count_processes, is_lost_peer, join_processes
+from biokit.parallel.peers import Peers
+from biokit.parallel.processes import count_processes, join_processes
 from biokit.process import choose_device, interrupted_by_sigterm, kept_threads
 from biokit.runs import RunFolder
 from biokit.trainer import Trainer
@@ -64,7 +66,7 @@ def train(config: RunConfig) -> dict[str, Any]:
                 folder.update_manifest(status="stopped")
             raise
         except BaseException as error:
-            told = _lost_peer(timeout_s) if is_lost_peer(error) else error
+            told = _tell(error, timeout_s, processes.peers)
             reason = str(told) if isinstance(told, BiokitError) else traceback.format_exc(limit=-3)
             with contextlib.suppress(OSError):  # a full disk must not hide the error itself
                 if processes.is_main:
@@ -74,10 +76,14 @@ def train(config: RunConfig) -> dict[str, Any]:
             raise
 
 
-def _lost_peer(timeout_s: float) -> RunError:
-    found = f"another process is gone, or did not answer in {timeout_s:g} s"
+def _tell(error: BaseException, timeout_s: float, peers: Peers) -> BaseException:
+    """The error in our words, where another process is lost."""
+    if isinstance(error, BiokitError) or not is_lost_peer(error):
+        return error
+    lost = peers.describe_lost()
+    found = f"another process is gone, or did not answer in {timeout_s:g} s" + (f" ({lost})" if lost else "")
     do = "See the first error of the other ranks; start again: the run goes on from its last checkpoint"
-    return RunError("training", found, do)
+    return PeerError("training", found, do)
 
 
 def _note_preprocessed(config: RunConfig, folder: RunFolder, store_dir: Path) -> dict[str, Any]:

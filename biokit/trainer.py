@@ -39,7 +39,7 @@ from biokit.parallel.grid import Layout, deal_micro_batches, resolve_strategy
 from biokit.parallel.layer_loading import load_layers
 from biokit.parallel.processes import Processes
 from biokit.parallel.strategy import ModelParts, TokenSums, make_strategy
-from biokit.process import deterministic, stop_signals
+from biokit.process import deterministic, stop_signals, used_memory
 from biokit.reporting import ProgressBar, open_tensorboard, progress_bar, write_tensorboard
 from biokit.resume import check_fits, find_start
 from biokit.runs import MetricsWriter, RunFolder
@@ -171,13 +171,18 @@ class Trainer:
         return 0 < self.config.train.early_stopping_patience <= self.progress.evaluations_since_best
 
     def _train_step(self, batches: Iterator[tuple[dict[str, np.ndarray], dict[str, int]]]) -> dict[str, Any]:
-        """One update over a global batch; returns its metrics line (`tokens_per_s`: real tokens of both sides)."""
+        """One update over a global batch; returns its metrics line.
+
+        `tokens_per_s` counts real tokens of both sides. `step_s` is this rank's own part of the step: on the CPU
+        without its waiting for the others, which takes no CPU time; on CUDA the whole step.
+        """
         started = time.perf_counter()
         train, step = self.config.train, self.progress.step + 1
         epoch = self.progress.position["epoch"] if self.progress.position else 0
         batch, position = next(batches)
         micros, indices = self._own_micro_batches(batch)
         counted = count_tokens(micros, self.tokenizer.pad_id, self.spec.batch_keys)
+        own_s, cpu_s = time.perf_counter() - started, time.thread_time()
         first = self.place.tensor == 0 and self.place.pipeline == 0  # every data rank counts once
         num_valid, num_tokens = map(int, self.processes.sum([n if first else 0 for n in counted]))
         if not num_valid:
@@ -187,6 +192,8 @@ class Trainer:
         done = self.strategy.train_batch(micros, num_valid, seeds, lr)
         self.progress.step, self.progress.position = step, position
         seconds = time.perf_counter() - started
+        device = self.processes.device
+        own_s = own_s + time.thread_time() - cpu_s if device.type == "cpu" else seconds
         loss = done.sums.loss / num_valid
         return {
             "step": step,
@@ -200,6 +207,8 @@ class Trainer:
             "num_tokens": num_tokens,
             "tokens_per_s": num_tokens / seconds,
             "samples_per_s": len(batch["indices"]) / seconds,
+            "step_s": own_s,
+            "memory_bytes": used_memory(device),
         }
 
     def _evaluate(self) -> dict[str, float]:

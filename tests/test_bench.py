@@ -14,6 +14,7 @@ from tests.bench import (
     checkpoints,
     corpora,
     memory,
+    metrics,
     padding,
     random_smiles,
     strategies,
@@ -122,6 +123,16 @@ def test_a_tiny_run_of_a_strategy(layout):
 def test_a_tiny_run_of_checkpoints():
     check_rows(checkpoints.measure(ModelConfig(**SIZES), rounds=1))
     check_rows(checkpoints.measure_gathering(Layout("Zero1", data=2), ModelConfig(**SIZES), rounds=1))
+
+
+def test_a_tiny_run_of_metrics():
+    check_rows(metrics.measure(rounds=1))
+
+
+def test_shares_are_of_cpu_seconds():
+    row = metrics.compare_shares("a line", [0.001, 0.004, 0.002], [0.1, 0.2, 0.4])
+    assert str(row) == "| a line | the step | 2,000 µs | 200.0 ms | 1.000 % | 0.500 - 2.000 | at most 1 % | yes |"
+    assert metrics.compare_shares("a line", [0.0021], [0.2]).met is False
 
 
 @pytest.mark.parametrize("layout", layouts(memory, ("DDP x dp2", "Zero3 x dp2", "Pipeline x pp2")))

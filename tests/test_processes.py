@@ -89,7 +89,7 @@ def test_nobody_fails_alone():
         if rank in (1, 3):
             assert (name, message) == ("DataError", f"a file: rank {rank} cannot read it. Mend it.")
         else:
-            assert (name, message) == ("RunError", "saving: rank 1, 3 failed. See the error of that rank.")
+            assert (name, message) == ("PeerError", "saving: rank 1, 3 failed. See the error of that rank.")
     assert ranks(4).run(fail_together, ()) == [(("", ""), 4.0)] * 4
 
 

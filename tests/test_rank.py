@@ -128,6 +128,9 @@ def test_secrets_are_masked(tmp_path: Path) -> None:
     script = tmp_path / "telling.py"
     script.write_text("import os\nprint('it is', os.environ['SOME_TOKEN'])\nraise ValueError(os.environ['SOME_TOKEN'])")
     run_rank(life, str(life.path), str(script), cwd=tmp_path, SOME_TOKEN="hf_abcdefgh123")
+    script.write_text("print('a line that may begin with a secret: hf_a', end='')")
+    run_rank(life, str(life.path), str(script), cwd=tmp_path, SOME_TOKEN="hf_abcdefgh123")
+    assert life.output_file(0).read_text().endswith("a secret: hf_a")
     for path in (life.output_file(0), life.error_file(0)):
         assert "hf_abcdefgh123" not in path.read_text() and "***" in path.read_text()
 

@@ -520,6 +520,14 @@ def test_impossible_layouts_start_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "r").exists()
 
 
+def test_looking_at_runs_costs_no_torch() -> None:
+    code = (
+        "import sys, biokit.launch.run, biokit.launch.listing, biokit.launch.again, biokit.launch.commands_runs;"
+        "sys.exit(bool({'torch', 'matplotlib', 'IPython', 'numpy'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_git_is_asked_and_its_absence_borne(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*words: str) -> None:
         identity = ["-c", "user.name=n", "-c", "user.email=e"]
@@ -566,7 +574,14 @@ def interrupt(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("way", "num_processes"), [(press_the_button, 1), (touch_the_file, 1), (send_a_signal, 1), (interrupt, 2)]
+    ("way", "num_processes"),
+    [
+        (press_the_button, 1),
+        (touch_the_file, 1),
+        (send_a_signal, 1),
+        (interrupt, 1),
+        pytest.param(interrupt, 2, marks=pytest.mark.full),
+    ],
 )
 def test_a_stopped_training_ends_at_a_step_boundary_with_a_checkpoint(
     way: Callable[[Run], None], num_processes: int, tmp_path: Path

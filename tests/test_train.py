@@ -41,6 +41,10 @@ def test_a_run_is_a_folder(tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for key in ("loss", "lr", "tokens_per_s", "samples_per_s", "time", "token_accuracy", "perplexity", "grad_norm"):
         assert all(math.isfinite(line[key]) for line in lines), key
+    for line in lines:  # alone a rank waits for nobody
+        seconds = line["num_tokens"] / line["tokens_per_s"]
+        assert 0 < line["step_s"] < 1.1 * seconds + 0.02
+        assert 2**26 < line["memory_bytes"] < 2**36
     assert {"val_loss", "val_exact_match", "val_invalid_fraction"} <= set(lines[2])
     assert "val_loss" not in lines[0]
     assert lines[0]["loss"] > lines[-1]["loss"]

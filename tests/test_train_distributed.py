@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from biokit.config import config_from_dict, config_to_dict
 from biokit.errors import BiokitError, ConfigError
 from biokit.exchange.layers import split_layers
 from biokit.layouts import find_layout
+from biokit.parallel.single import Single
 from biokit.runs import RunFolder
 from biokit.train import train
 from biokit.trainer import Trainer
@@ -44,6 +46,23 @@ def run_and_stop(tree: dict[str, Any], rank_that_is_asked: int) -> dict[str, Any
         return train(config_from_dict(tree))
     finally:
         Trainer._train_step = whole  # type: ignore[method-assign]
+
+
+def run_with_a_slow_rank(tree: dict[str, Any], slow: int, burnt_s: float) -> dict[str, Any]:
+    """Rank `slow` computes so much longer in each step; the others wait for it."""
+    whole = Single._backward
+
+    def burn(self: Single, *args: Any) -> Any:
+        end = time.thread_time() + burnt_s
+        while self.processes.rank == slow and time.thread_time() < end:
+            pass
+        return whole(self, *args)
+
+    Single._backward = burn  # type: ignore[method-assign]
+    try:
+        return train(config_from_dict(tree))
+    finally:
+        Single._backward = whole  # type: ignore[method-assign]
 
 
 def run_twice(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]]:
@@ -95,6 +114,18 @@ def test_token_budgets_leave_some_ranks_without_rows(single, tmp_path):
     for first, second in zip(one, two, strict=True):
         assert (first["num_tokens"], first["token_accuracy"]) == (second["num_tokens"], second["token_accuracy"])
         assert first.get("val_loss") == pytest.approx(second.get("val_loss"), abs=LOSS_BOUND)
+
+
+def test_each_rank_tells_its_own_share_of_a_step(single, tmp_path):
+    """Waiting for a slow rank is not part of it, though their steps take equally long."""
+    slow, burnt_s = 1, 0.1
+    asked = tree(single[1], run_dir=str(tmp_path / "run"), strategy="DDP", train__train_iters=3)
+    ranks(2).run(run_with_a_slow_rank, asked, slow, burnt_s)
+    quick, late = (RunFolder(tmp_path / "run").read_metrics(rank) for rank in (0, 1))
+    for one, other in zip(quick[1:], late[1:], strict=True):
+        seconds = one["num_tokens"] / one["tokens_per_s"]
+        assert one["step_s"] + 0.8 * burnt_s < other["step_s"] and burnt_s < seconds
+        assert one["memory_bytes"] > 2**26 and one["memory_bytes"] != other["memory_bytes"]
 
 
 def test_a_run_goes_on_under_another_layout(single, tmp_path):

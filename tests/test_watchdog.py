@@ -173,8 +173,8 @@ def test_ranks_of_other_machines_are_not_judged(life: StandIn) -> None:
     assert watch(Watchdog(life, 0.1)) == ""
 
 
-def look_for_hang(life: StandIn) -> str:
-    dog, reason = Watchdog(life, 60.0), ""
+def look_for_hang(life: StandIn, dog: Watchdog | None = None) -> str:
+    dog, reason = dog or Watchdog(life, 60.0), ""
     end = time.monotonic() + 0.4
     while not reason and time.monotonic() < end:
         reason = dog.look()
@@ -190,9 +190,11 @@ def test_a_rank_that_waited_in_vain(life: StandIn, ranks: list[subprocess.Popen[
 
 @pytest.mark.parametrize("case", ["an error of its own", "all have failed", "the other is gone"])
 def test_a_lost_peer_is_no_hang(life: StandIn, ranks: list[subprocess.Popen[bytes]], case: str) -> None:
-    life.files.error_file(0).write_text(json.dumps({"is_effect": case != "an error of its own"}))
+    dog = Watchdog(life, 60.0)
+    watch(dog, 0.06)
     if case == "all have failed":
         life.files.error_file(1).write_text(json.dumps({"is_effect": True}))
     if case == "the other is gone":
         os.kill(ranks[1].pid, signal.SIGKILL)
-    assert look_for_hang(life) == ""
+    life.files.error_file(0).write_text(json.dumps({"is_effect": case != "an error of its own"}))
+    assert look_for_hang(life, dog) == ""

@@ -81,6 +81,9 @@ class Trial:
                 self.faults.append(f"they did not come up: {', '.join(missing)}")
                 return
             time.sleep(0.02)
+        found = [process for process in self.list_left() if "biokit.launch.rank" in describe(process)]
+        if len(found) < len(wanted):
+            self.faults.append(f"{len(wanted)} ranks are up, and {len(found)} of them are seen")
 
     def check_left(self, spared: Collection[int] = (), limit_s: float = LEFT_S) -> None:
         """Note who is left that many seconds from now, and kill them."""
@@ -107,7 +110,7 @@ class Trial:
 def describe(process: psutil.Process) -> str:
     """Its command line in short."""
     try:
-        return " ".join(process.cmdline()[1:6])[:160] or process.name()
+        return " ".join(process.cmdline()[1:6])[:160]
     except psutil.Error:
         return "(gone)"
 
@@ -117,8 +120,8 @@ class Kernel:
 
     def __init__(self, trial: Trial) -> None:
         self.trial, self.manager = trial, KernelManager(kernel_name="python3")
-        with (trial.folder / "kernel.log").open("ab") as log:
-            self.manager.start_kernel(env=trial.environment, cwd=str(trial.folder), stdout=log, stderr=log)
+        self._log = (trial.folder / "kernel.log").open("ab")
+        self.manager.start_kernel(env=trial.environment, cwd=str(trial.folder), stdout=self._log, stderr=self._log)
         self._connect()
         self.run("%load_ext biokit")
 
@@ -174,6 +177,7 @@ class Kernel:
         if self.manager.has_kernel:
             self.manager.shutdown_kernel(now=True)
         self.manager.cleanup_resources()
+        self._log.close()
         self.trial.check_left()
 
 

@@ -52,14 +52,14 @@ class Followed:
         if self.ended:
             return
         self.entry, self.job = entry, read_job(self.folder) or self.job
-        if self.job.outcome and self.job.outcome != REQUEUED:
+        if entry is not None and not entry.is_over:  # whatever it said: Slurm may put it back
+            self._over_at = 0.0
+        elif self.job.outcome and self.job.outcome != REQUEUED:
             self.ended = self.job.outcome
-        elif entry is None or entry.is_over:
+        else:
             self._over_at = self._over_at or time.monotonic()
             if time.monotonic() - self._over_at > LAST_WORD_S or (entry and entry.state != "COMPLETED"):
                 self.ended = entry.state.lower() if entry else LOST
-        else:
-            self._over_at = 0.0
 
     @property
     def notebook(self) -> Path | None:

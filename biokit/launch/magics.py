@@ -18,9 +18,9 @@ from IPython.core.magic import Magics, line_cell_magic, magics_class, needs_loca
 
 from biokit.errors import BiokitError, ConfigError, RunError
 from biokit.launch.cell_program import cell_words, write_cell
-from biokit.launch.live_cell import end_now, follow_run
 from biokit.launch.hidden_words import hide_words
 from biokit.launch.listing import find_run, list_runs
+from biokit.launch.live_cell import end_now, follow_run
 from biokit.launch.magic_line import MagicLine, describe_flags, list_flags, read_line, split_words
 from biokit.launch.orders import Order
 from biokit.launch.output import OutputTail

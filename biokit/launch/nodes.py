@@ -16,7 +16,7 @@ from biokit.launch import states
 from biokit.launch.lives import Life
 from biokit.launch.meeting import LEADER, LOST_S, Follower, Leader, Meeting
 from biokit.launch.orders import Order
-from biokit.launch.rendezvous import find_local_address, first_free_port, network_variables, split_endpoint
+from biokit.launch.rendezvous import first_free_port, find_local_address, network_variables, split_endpoint
 from biokit.launch.supervisor import Ask, Limits, Supervisor, say
 from biokit.launch.watchdog import Watchdog
 from biokit.runs import RunFolder

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import psutil
 
 from biokit.errors import ConfigError
+from biokit.parallel.peers import find_own_address
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
@@ -32,14 +33,8 @@ def rendezvous_flags(num_nodes: int, node_rank: int, endpoint: str, run_id: str,
 
 
 def find_local_address(endpoint: str) -> str:
-    """The address of this node on the network that leads to `host:port`; empty where the host has none."""
-    host, port = split_endpoint(endpoint)
-    with contextlib.suppress(OSError):
-        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
-            with socket.socket(family, kind, protocol) as probe:
-                probe.connect(address)  # a datagram socket: nothing is sent
-                return str(probe.getsockname()[0])
-    return ""
+    """The address of this node on the network that leads to `host:port`; empty where nothing leads there."""
+    return find_own_address(*split_endpoint(endpoint))
 
 
 def network_variables(local_addr: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:

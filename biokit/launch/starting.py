@@ -6,21 +6,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 from biokit.errors import RunError
 from biokit.launch.orders import Order, write_order
 from biokit.launch.states import read_state
 from biokit.runs import RunFolder
 
-# a parent-death signal is sent when the *thread* that made the child ends; this one lives as long as Python does
-_starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="biokit-start")
-
 
 def start_supervisor(
     folder: RunFolder, order: Order, *, detach: bool = False, variables: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
     """Write an order into a run folder and start its supervisor, which ends with this process.
+
+    Any thread may start it: it watches this process, and asks for no parent-death signal, which would come at the end
+    of the thread.
 
     Args:
         detach: it outlives this process.
@@ -32,15 +31,14 @@ def start_supervisor(
     prepare_folder(folder, order)
     owner = [] if detach else ["--owner", str(os.getpid())]
     with (folder.logs / "supervisor.log").open("ab") as log:
-        return _starter.submit(
-            subprocess.Popen,
+        return subprocess.Popen(
             [sys.executable, "-u", "-m", "biokit.launch.supervisor", str(folder.path.absolute()), *owner],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, **(variables or {})},
             start_new_session=True,
-        ).result()
+        )
 
 
 def prepare_folder(folder: RunFolder, order: Order) -> None:

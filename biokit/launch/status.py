@@ -86,7 +86,7 @@ def is_locked(folder: RunFolder) -> bool:
     except OSError:
         return False
     key = f" {os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}:{about.st_ino} "
-    return any("FLOCK" in line and key in line and "->" not in line for line in table.splitlines())
+    return any("FLOCK" in line and key in line for line in table.splitlines())
 
 
 def _outcome(folder: RunFolder, said: SupervisorState) -> str:

@@ -156,7 +156,8 @@ class Pool:
             "do": "run",
             "code": code,
             "file": str(file.absolute()),
-            "life": str(folder.life(1).path.absolute()),
+            "errors": str(folder.life(1).path.absolute()),  # not of the pool's own life: that goes on
+            "printed": str(self.folder.life(self.life).path.absolute()),
             "given": str(given.absolute()) if cell.given else "",
             "wanted": list(cell.wanted),
             "result": str(folder.result_file.absolute()),

@@ -65,7 +65,8 @@ class WarmMagics(Magics):
             check_cell(cell, MagicLine(given=options.given), names)
             pool = self._find_pool(options.num_ranks)
             given = {name: names[name] for name in options.given}
-            wanted = Cell(cell, f"cell_{self.shell.execution_count}", given, options.out, options.timeout_s)
+            number = len(self.shell.history_manager.input_hist_parsed) - 1  # of this cell, as the notebook shows it
+            wanted = Cell(cell, f"cell_{number}", given, options.out, options.timeout_s)
         except ConfigError as error:  # the user's mistake, before anything is started
             raise UsageError(str(error)) from None
         return self._run(pool, wanted)

@@ -26,7 +26,6 @@ import psutil
 
 from biokit import failures
 from biokit.errors import RunError
-from biokit.launch.rank import LIFE
 from biokit.launch.values import read_values, write_values
 from biokit.launch.variables import describe_variables
 from biokit.launch.warm_messages import FAILED, FINISHED, INTERRUPTED, receive_message, send_message
@@ -42,12 +41,10 @@ class WarmRank:
 
     Attributes:
         module: the `__main__` that cells run in.
-        output: file that it prints to.
     """
 
     def __init__(self, connection: socket.socket, rank: int, module: types.ModuleType) -> None:
         self.connection, self.rank, self.module = connection, rank, module
-        self.output = LifeFolder(Path(os.environ[LIFE])).output_file(rank)
         self._messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._in_cell = self._interrupted = False
 
@@ -96,13 +93,16 @@ class WarmRank:
         except BaseException as error:
             ended_by = error
         self._in_cell = False
-        end_output(self.output)
+        end_output(self._output(message))
         if ended_by is None:
             return FINISHED
         if self._interrupted and isinstance(ended_by, KeyboardInterrupt):
             return INTERRUPTED
-        failures.write_error(LifeFolder(Path(message["life"])), self.rank, without_own_frames(ended_by))
+        failures.write_error(LifeFolder(Path(message["errors"])), self.rank, without_own_frames(ended_by))
         return FAILED
+
+    def _output(self, message: Mapping[str, Any]) -> Path:
+        return LifeFolder(Path(message["printed"])).output_file(self.rank)
 
     def _run_cell(self, message: Mapping[str, Any]) -> None:
         scope = vars(self.module)
@@ -110,7 +110,7 @@ class WarmRank:
             scope.update(read_values(Path(message["given"])))
         value = run_code(message["code"], message["file"], scope)
         if value is not None:
-            end_output(self.output)
+            end_output(self._output(message))
             print(to_text(value))
             scope["_"] = value
         if message["wanted"] and self.rank == 0:

@@ -19,7 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from biokit.errors import EngineError, RunError
+from biokit.endings import PeerError
+from biokit.errors import EngineError
+from biokit.parallel.peers import Peers, open_door
+from biokit.parallel.stores import LimitedStore, SilentStore, limited
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 WAIT_S, MEET_S = 0.05, 0.005
@@ -38,6 +41,7 @@ class Processes:
         group: a gloo group of all processes, for what is agreed on the CPU; None where there is one process and no
             engine asked for a group.
         store: the key-value store at which they met.
+        peers: where the others can be asked whether they are there.
         meetings: numbers of those in the store, the same on every process.
     """
 
@@ -45,7 +49,8 @@ class Processes:
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     group: Any = None
-    store: dist.Store | None = None
+    store: LimitedStore | None = None
+    peers: Peers = field(default_factory=Peers)
     meetings: Iterator[int] = field(default_factory=itertools.count)
 
     @property
@@ -66,7 +71,8 @@ class Processes:
         """The body runs on the main process; the others wait for it without a time limit, then run it too.
 
         Raises:
-            RunError: the main process failed (it raises its own error).
+            PeerError: the main process failed (it raises its own error).
+            SilentStore: it hangs, or cannot be reached.
         """
         if self.is_main or self.store is None:
             outcome = "failed"
@@ -81,10 +87,12 @@ class Processes:
             while not self.store.check([what]):
                 time.sleep(WAIT_S)
             done = self.store.get(what) == b"done"
+        except SilentStore:
+            raise
         except RuntimeError:  # the main process kept the store, and is gone
             done = False
         if not done:
-            raise RunError(what, "the main process (rank 0) failed", "See the error of rank 0")
+            raise PeerError(what, "the main process (rank 0) failed", "See the error of rank 0")
         yield
 
     def barrier(self) -> None:
@@ -125,7 +133,8 @@ class Processes:
         Only for parts in which the processes do not wait for one another.
 
         Raises:
-            RunError: another process failed (it raises its own error).
+            PeerError: another process failed (it raises its own error).
+            SilentStore: the main process hangs, or cannot be reached.
         """
         failure: BaseException | None = None
         try:
@@ -136,7 +145,7 @@ class Processes:
         if failure is not None:
             raise failure
         if failed:
-            raise RunError(what, f"rank {', '.join(map(str, failed))} failed", "See the error of that rank")
+            raise PeerError(what, f"rank {', '.join(map(str, failed))} failed", "See the error of that rank")
 
     def _meet(self, key: str, failed: bool) -> list[int]:
         """Wait in the store, which has no time limit, for every process; the ranks that failed."""
@@ -152,14 +161,10 @@ class Processes:
             if not self.store.add(f"{key}/failed", 0):
                 return []
             return [rank for rank in range(self.world_size) if self.store.check([f"{key}/failed/{rank}"])]
+        except SilentStore:
+            raise
         except RuntimeError:  # the main process kept the store, and is gone
             return [0]
-
-
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error says that another process is gone, or did not answer in time."""
-    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def count_processes() -> tuple[int, int]:
@@ -218,8 +223,11 @@ def _join(device: torch.device, timeout_s: float, rank: int, world_size: int) ->
         do = "Check that all were started, on a free port; where nodes have several networks, set GLOO_SOCKET_IFNAME"
         raise EngineError("the processes of a run", found, do) from error
     try:
-        yield Processes(rank, world_size, device, group, dist.PrefixStore("agreed", store))
-        dist.barrier(group=group)  # without it ranks that end early take their peers with them
+        master = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        agreed = dist.PrefixStore("agreed", store)
+        with limited(agreed, timeout_s) as asked, open_door(asked, rank, world_size, master) as peers:
+            yield Processes(rank, world_size, device, group, asked, peers)
+            dist.barrier(group=group)  # without it ranks that end early take their peers with them
     finally:
         _ended_groups[:] = [group]
         dist.destroy_process_group()

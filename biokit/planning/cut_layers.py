@@ -131,7 +131,7 @@ def cut_layer(layer: nn.Module, name: str, plan: Mapping[str, str], rank: Tensor
         for key, parameter in module.named_parameters():
             _cut(parameter, find_cut(plan, f"{name}.{path}.{key}"), rank)
         swapped = CutEmbedding(module, rank) if isinstance(module, nn.Embedding) else None
-        layer.set_submodule(path, swapped or CutLinear(module, word, rank))  # type: ignore[arg-type]
+        layer.set_submodule(path, swapped or CutLinear(module, word, rank))
     if rank.rows_dealt:
         _deal_rows(layer, rank, first)
     return layer

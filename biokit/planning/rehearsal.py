@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from torch import nn
 
 from biokit.config import RunConfig
 from biokit.exchange.source import Blueprint
-from biokit.models import find_model
 from biokit.parallel.folding import PRECISIONS, checkpoint_layer, fold_layers, token_loss
 from biokit.planning.cut_layers import PartitionedInputs, TensorRank, cut_layer, cut_loss
 from biokit.planning.watching import Cost, DeviceKernels, Watch, address_of
@@ -51,15 +50,17 @@ class Output:
     Attributes:
         source: the input that is handed on as it is; -1: made here.
         needs: the float inputs that its gradient goes back to.
-        kept: this layer itself keeps it for the backward pass.
         backward: cost of the backward pass of this output alone.
+        retained_peak: the most that is alive in it when all is kept for another one, outputs left out.
+        kept: this layer itself keeps it for the backward pass.
     """
 
     shape: Shape
     source: int = -1
     needs: frozenset[int] = frozenset()
-    kept: bool = False
     backward: Cost = field(default_factory=Cost)
+    retained_peak: int = 0
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Rehearsal:
                 if rank is not None:
                     layer = cut_layer(layer, name, parts.plan, rank, position == 0)
                 self._done[key] = _rehearse(name, layer, carry, recompute, kernels, rank)
-            uses.append(_renamed(self._done[key], name))
+            uses.append(replace(self._done[key], name=name))
             carry = tuple(output.shape for output in uses[-1].outputs)
         rank = self._rank(kernels, tensor)
         uses.append(_rehearse(LOSS, _Loss(labels, rank), carry, False, kernels, rank))
@@ -168,10 +169,6 @@ def _describe(layer: nn.Module, name: str, first: bool) -> tuple[Any, ...]:
     return pattern, first, modules, tuple((key, tuple(p.shape)) for key, p in layer.named_parameters())
 
 
-def _renamed(use: LayerUse, name: str) -> LayerUse:
-    return LayerUse(**{**vars(use), "name": name})
-
-
 def _rehearse(
     name: str,
     layer: nn.Module,
@@ -204,83 +201,81 @@ def _rehearse(
         watch.welcome([layer.labels])
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), watch:
         warnings.simplefilter("ignore")  # of torch's own, about tensors without storage
-        needs, costs = _separate_outputs(run, carry, watch)
+        outputs, cost = _pass_alone(run, carry, watch)
+        parts = tuple(getattr(checkpointed, "parts", ())) or (0,) * len(carry)
         order.clear()
-        return _measure(name, run, carry, watch, needs, costs, parameters, order, getattr(checkpointed, "parts", []))
-
-
-def _measure(
-    name: str,
-    run: Callable[[Any], tuple[torch.Tensor, ...]],
-    carry: Sequence[Shape],
-    watch: Watch,
-    needs: Sequence[frozenset[int]],
-    costs: Sequence[Cost],
-    parameters: Sequence[nn.Parameter],
-    order: list[int],
-    parts: list[int],
-) -> LayerUse:
-    """The pass that counts: all outputs go backward together."""
-    parts.clear()
-    inputs = tuple(shape.make() for shape in carry)
-    watch.welcome(inputs)
-    addresses = [address_of(value) for value in inputs]
-    watch.restart()
-    before = watch.live
-    out = run(inputs)
-    forward_peak, forward = watch.peak - before, watch.restart()
-    shapes = [Shape(tuple(value.shape), value.dtype) for value in out]
-    sources = [addresses.index(place) if (place := address_of(value)) in addresses else -1 for value in out]
-    places = [address_of(value) for value in out]
-    # each output's gradient arrives as a tensor of its own, which the first operation that reads it can let go
-    total = sum((value.mul(1.0).sum() for value in out if value.requires_grad), torch.zeros((), device="meta"))
-    del inputs, out
-    kept_inputs = frozenset(i for i, address in enumerate(addresses) if watch.is_alive(address))
-    kept = [source < 0 and watch.is_alive(place) for source, place in zip(sources, places, strict=True)]
-    live = watch.live - before
-    watch.restart()
-    total.backward()
-    outputs = tuple(map(Output, shapes, sources, needs, kept, costs))
+        sizes = _pass_together(run, carry, watch, [output.source for output in outputs])
+    outputs = [replace(output, kept=kept) for output, kept in zip(outputs, sizes.kept_outputs, strict=True)]
     return LayerUse(
         name,
-        outputs,
-        kept=live - sum(output.shape.nbytes for output in outputs if output.kept) - sum(parts[: len(carry)]),
-        kept_inputs=kept_inputs,
-        parts=tuple(parts[: len(carry)]) or (0,) * len(carry),
-        forward_peak=forward_peak,
-        backward_peak=watch.peak - before,
-        forward=forward,
+        tuple(outputs),
+        kept=sizes.kept - sum(output.shape.nbytes for output in outputs if output.kept) - sum(parts),
+        kept_inputs=sizes.kept_inputs,
+        parts=parts,
+        forward_peak=sizes.forward_peak,
+        backward_peak=sizes.backward_peak,
+        forward=cost,
         weights=tuple(parameter.numel() for parameter in parameters),
         gradient_order=tuple(order),
     )
 
 
-def _separate_outputs(
+def _pass_alone(
     run: Callable[[Any], tuple[torch.Tensor, ...]], carry: Sequence[Shape], watch: Watch
-) -> tuple[list[frozenset[int]], list[Cost]]:
-    """For each output the float inputs that its gradient reaches, and the cost of its backward pass alone."""
+) -> tuple[list[Output], Cost]:
+    """A forward pass, its cost, and a backward pass of each output alone, with the graph kept."""
     inputs = tuple(shape.make() for shape in carry)
     for given in inputs:
         if given.requires_grad:
             given.retain_grad()
     watch.welcome(inputs)
-    out, needs, costs = run(inputs), [], []
+    addresses = [address_of(given) for given in inputs]
+    watch.restart()
+    before = watch.live
+    out, outputs = run(inputs), list[Output]()
+    forward = watch.restart()
+    made = {address_of(value): value.untyped_storage().nbytes() for value in out if address_of(value) not in addresses}
     for value in out:
+        source = addresses.index(address_of(value)) if address_of(value) in addresses else -1
         watch.restart()
-        if value.requires_grad and all(value is not given for given in inputs):
+        if value.requires_grad and source < 0:
             value.backward(torch.empty_like(value), retain_graph=True)
-        costs.append(watch.restart())
-        needs.append(frozenset(i for i, given in enumerate(inputs) if given.grad is not None))
+        peak, cost = watch.peak - before - sum(made.values()), watch.restart()
+        needs = frozenset(i for i, given in enumerate(inputs) if given.grad is not None)
+        outputs.append(Output(Shape(tuple(value.shape), value.dtype), source, needs, cost, peak))
         for given in inputs:
             given.grad = None
-    return needs, costs
+    return outputs, forward
 
 
-def rehearse_model(config: RunConfig, vocab_size: int, kind: str, length: int = 0) -> Rehearsal:
-    """A rehearsal of a configuration's model.
+@dataclass
+class _Sizes:
+    """Bytes of the passes as they are in training: all outputs go backward together, and nothing is kept."""
 
-    Raises:
-        ConfigError: no such model or preset.
-    """
-    find_model(config.model.name)
-    return Rehearsal(config, vocab_size, kind, length)
+    forward_peak: int
+    backward_peak: int
+    kept: int
+    kept_inputs: frozenset[int]
+    kept_outputs: list[bool]
+
+
+def _pass_together(
+    run: Callable[[Any], tuple[torch.Tensor, ...]], carry: Sequence[Shape], watch: Watch, sources: Sequence[int]
+) -> _Sizes:
+    inputs = tuple(shape.make() for shape in carry)
+    watch.welcome(inputs)
+    addresses = [address_of(given) for given in inputs]
+    watch.restart()
+    before = watch.live
+    out = run(inputs)
+    forward_peak = watch.peak - before
+    places = [address_of(value) for value in out]
+    # each output's gradient arrives as a tensor of its own, which the first operation that reads it can let go
+    total = sum((value.mul(1.0).sum() for value in out if value.requires_grad), torch.zeros((), device="meta"))
+    del inputs, out
+    kept_inputs = frozenset(i for i, address in enumerate(addresses) if watch.is_alive(address))
+    kept_outputs = [source < 0 and watch.is_alive(place) for source, place in zip(sources, places, strict=True)]
+    kept = watch.live - before
+    watch.restart()
+    total.backward()
+    return _Sizes(forward_peak, watch.peak - before, kept, kept_inputs, kept_outputs)

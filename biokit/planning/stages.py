@@ -15,14 +15,21 @@ class Moment:
     """An instant of a micro-batch's passes at which much is alive.
 
     Attributes:
-        where: layer and pass.
+        layer: its name.
+        what: the pass.
         activations: bytes that this micro-batch has alive.
-        num_ready: elements of parameters whose gradients this pass has made by then.
+        num_ready: elements of parameters whose gradients the backward pass has made by then.
     """
 
-    where: str
+    layer: str
+    what: str
     activations: int
     num_ready: int = 0
+
+    @property
+    def where(self) -> str:
+        """In words."""
+        return f"{self.what} pass of {self.layer}"
 
 
 @dataclass
@@ -69,7 +76,7 @@ def use_stage(layers: Sequence[LayerUse], inputs: Sequence[Shape], own_inputs: b
     for number, layer in enumerate(layers):
         alive = ledger.alive_forward()
         ledger.run(number, layer)
-        use.forward.append(Moment(f"{layer.name} forward", alive + layer.forward_peak))
+        use.forward.append(Moment(layer.name, "forward", alive + layer.forward_peak))
     use.kept, use.outputs = ledger.kept(), [output.shape for output in layers[-1].outputs]
     backward = _Backward(use, ledger)
     if last:
@@ -156,12 +163,13 @@ class _Backward:
             made = [layer.outputs[place] for place in active if layer.outputs[place].source < 0]
             passed = {layer.outputs[place].source for place in active} - {-1}
             made = [output for output in made if output.shape.is_float]
-            active = {place for place in passed.union(*(output.needs for output in made))}
+            active = passed.union(*(output.needs for output in made))
             if not made:
                 continue
             self.cost = sum((output.backward for output in made), self.cost)
             alive = self.ledger.alive_backward(number, self.gone)
-            self.use.backward.append(Moment(f"{layer.name} backward", alive + layer.backward_peak, self.num_ready))
+            peak = max(output.retained_peak for output in made) if retain else layer.backward_peak
+            self.use.backward.append(Moment(layer.name, "backward", alive + peak, self.num_ready))
             self.num_ready += 0 if self.times[number] else sum(layer.weights)
             self.times[number] += 1
             if not retain:

@@ -37,7 +37,7 @@ class LivePanel:
         self._displayed = False
         self._leaving = threading.Event()
         self.state: RunState = read_state(run)
-        self.picture: Picture = show_training(run, scale=scale, title=title)
+        self.picture: Picture = self.draw()
         self._widget, self._image, self._label, self._button = self._build()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="biokit-live-panel")
         self._thread.start()
@@ -55,13 +55,17 @@ class LivePanel:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    def draw(self) -> Picture:
+        """The picture for `state`; another kind of panel draws another one."""
+        title = self._title or (str(self.state) if self.state.ended else "")
+        return show_training(self._run, scale=self._scale, title=title)
+
     def refresh(self) -> None:
         """Read the run folder and redraw."""
         if self._stop_asked and not self.state.ended:
             self._folder.request_stop()  # again: a training that just starts may have cleared an older STOP file
         self.state = read_state(self._run)
-        title = self._title or (str(self.state) if self.state.ended else "")
-        self.picture = show_training(self._run, scale=self._scale, title=title)
+        self.picture = self.draw()
         if self._image is not None:
             self._image.value, self._image.alt = self.picture.png, self.picture.alt
             self._label.value = str(self.state)
@@ -127,4 +131,4 @@ class LivePanel:
         display(self._repr_mimebundle_(), raw=True, display_id=self._display_id)
 
     def __repr__(self) -> str:
-        return f"LivePanel({self._folder.path}: {self.state})"
+        return f"{type(self).__name__}({self._folder.path}: {self.state})"

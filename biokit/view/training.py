@@ -159,7 +159,7 @@ def draw_training(lines: Sequence[dict[str, Any]], *, scale: str = "linear", tit
     num_columns = min(2, len(panels))
     for place, panel in enumerate(panels, start=1):
         axes = figure.add_subplot(num_rows, num_columns, place)
-        _draw_panel(axes, panel, lines, scale if panel.can_be_log else "linear")
+        draw_panel(axes, panel, lines, scale if panel.can_be_log else "linear")
     return figure
 
 
@@ -261,9 +261,9 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[dict[str, Any]], scale: str) -> None:
+def draw_panel(axes: Axes, panel: Panel, lines: Sequence[dict[str, Any]], scale: str) -> None:
     """Raw points, the mean of the last few beside them, and the validation points."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     steps, values = _series(lines, panel.key)
     stride = max(1, -(-len(steps) // MAX_DRAWN))
@@ -291,14 +291,21 @@ def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[dict[str, Any]], scale
         axes.tick_params(which="minor", labelsize=8)
     if panel.key == "lr":
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    style_axes(axes, panel.title + (", log scale" if scale == "log" else ""))
+    if panel.key != "lr" and axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, frameon=False)
+
+
+def style_axes(axes: Axes, title: str) -> None:
+    """What all small diagrams over steps have in common."""
+    from matplotlib.ticker import MaxNLocator
+
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
-    axes.set_title(panel.title + (", log scale" if scale == "log" else ""), fontsize=10, loc="left")
+    axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel("step", fontsize=9)
     axes.tick_params(labelsize=9)
     axes.grid(True, color="#e4e4e4", lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    if panel.key != "lr" and axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, frameon=False)
 
 
 def _series(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

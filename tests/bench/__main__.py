@@ -27,6 +27,7 @@ NAMES = (
     "strategies",
     "checkpoints",
     "memory",
+    "metrics",
 )
 NEED_TRANSFORMERS = {"batches", "training_step"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -35,7 +35,7 @@ def write_config(folder: Path, **train: Any) -> Path:
 
 def long_config(folder: Path, **train: Any) -> RunConfig:
     """Long enough for something to happen in the middle, on one process or two."""
-    config = small_config(folder, train_iters=STEPS, save_interval=10, micro_batch_size=2, **train)
+    config = small_config(folder, **{"train_iters": STEPS, "save_interval": 10, "micro_batch_size": 2, **train})
     return config_from_dict({**config_to_dict(config), "parallel": {"timeout_s": 60}})
 
 
@@ -44,7 +44,9 @@ def write_notebook(folder: Path, config: Path, code: str = NOTEBOOK) -> Path:
     parameters = nbformat.v4.new_code_cell(f'run_dir = ""\nconfig = {str(config)!r}\nlr = 1e-3\nnote = ""')
     parameters.metadata["tags"] = ["parameters"]
     path = folder / "train.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(code)]), path)
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    cells = [parameters, nbformat.v4.new_code_cell(code)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
     return path
 
 
@@ -83,12 +85,6 @@ def wait_for_state(cluster: Cluster, folder: RunFolder, *states: str, timeout_s:
         return cluster.ask("squeue", "-h", "-t", "all", "-j", job_of(folder).job_id, "-o", "%T", check=False)
 
     wait_until(lambda: state() in states, timeout_s, lambda: f"{state()}\n{explain(cluster, folder)}")
-
-
-def release(cluster: Cluster, folder: RunFolder) -> None:
-    """Have a job that was put back begin at once: Slurm waits two minutes by itself."""
-    wait_for_state(cluster, folder, "PENDING")
-    cluster.ask("scontrol", "update", f"JobId={job_of(folder).job_id}", "StartTime=now")
 
 
 def last_step(folder: RunFolder) -> int:

@@ -1,0 +1,104 @@
+"""A real kernel for tests: cells in, outputs out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from jupyter_client.blocking.client import BlockingKernelClient
+from jupyter_client.manager import KernelManager, start_new_kernel
+
+REPOSITORY = Path(__file__).parents[1]
+CELL_S = 90.0
+
+
+@dataclass
+class CellOutput:
+    """What a cell gave.
+
+    Attributes:
+        times: when each piece of the text came, unix seconds.
+        data: of each display and result, by MIME type.
+    """
+
+    status: str = ""
+    text: str = ""
+    times: list[float] = field(default_factory=list)
+    data: list[dict[str, Any]] = field(default_factory=list)
+    error: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Kernel:
+    """A kernel that has loaded biokit's magics, in a folder of its own."""
+
+    manager: KernelManager
+    client: BlockingKernelClient
+
+    @property
+    def process(self) -> psutil.Process:
+        return psutil.Process(self.manager.provisioner.pid)
+
+    def run(self, code: str, seen: Callable[[CellOutput], object] = lambda output: None) -> CellOutput:
+        """Run a cell; `seen` is called after each output."""
+        output = CellOutput()
+
+        def take(message: dict[str, Any]) -> None:
+            content = message["content"]
+            if message["msg_type"] == "stream":
+                output.text += content["text"]
+                output.times.append(time.time())
+            elif message["msg_type"] in ("display_data", "execute_result"):
+                output.data.append(content["data"])
+            elif message["msg_type"] == "error":
+                output.error = content
+            seen(output)
+
+        reply = self.client.execute_interactive(code, timeout=CELL_S, output_hook=take, store_history=False)
+        output.status = reply["content"]["status"]
+        return output
+
+    def value(self, expression: str) -> str:
+        """The repr of an expression in the kernel."""
+        return self.run(f"print(repr(({expression})))").text.rstrip("\n")
+
+
+@contextmanager
+def open_kernel(folder: Path, **variables: str) -> Iterator[Kernel]:
+    """A kernel that runs in a folder; what it started is looked for by the test, and it is killed at the end."""
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
+    manager, client = start_new_kernel(kernel_name="python3", cwd=str(folder), env=environment)
+    try:
+        kernel = Kernel(manager, client)
+        assert kernel.run("%load_ext biokit").status == "ok"
+        yield kernel
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+        manager.cleanup_resources()
+
+
+def list_processes(folder: Path) -> list[psutil.Process]:
+    """Living processes of runs in a folder: their command lines name it."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if str(folder) in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return [process for process in found if process.pid != os.getpid()]
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "the awaited state did not come"
+        time.sleep(0.05)
