@@ -1,10 +1,11 @@
 """biokit: train and use molecular language models at any scale, from a notebook. Importing it costs no torch."""
 
+import importlib
+
 __version__ = "0.1.0"
 
 
 def load_ipython_extension(shell: object) -> None:
     """`%load_ext biokit`: the magics."""
-    from biokit.launch.extension import load_magics
-
-    load_magics(shell)
+    # by name: every module that asks this one for the version would else stand above the magics
+    importlib.import_module("biokit.launch.extension").load_magics(shell)

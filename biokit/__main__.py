@@ -29,13 +29,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not isinstance(error, ConfigError):  # a wrong configuration is wrong on every rank
             print(f"biokit: {error}" if rank == "0" else f"biokit: rank {rank}: {error}", file=sys.stderr)
+        _leave_error(error)
         return EXIT_USER_ERROR
+    except BrokenPipeError:  # `biokit runs list | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         print(f"biokit: {words[0]}: {str(error).rstrip('.')}. Check the disk and the permissions.", file=sys.stderr)
+        _leave_error(error)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("biokit: interrupted", file=sys.stderr)
         return 130
+
+
+def _leave_error(error: Exception) -> None:
+    """For the supervisor, where this is a rank of a run: it sees no more than an exit code."""
+    if "BIOKIT_LIFE" in os.environ:
+        from biokit.launch.rank import note_own_error
+
+        note_own_error(error)
 
 
 def _plain_words(words: list[str]) -> list[str]:
@@ -88,6 +101,11 @@ def _parser() -> argparse.ArgumentParser:
         help="a value for its parameters cell, e.g. -p train_iters 300",
     )  # fmt: skip
     notebook.set_defaults(run=_run_notebook)
+
+    from biokit.launch import commands_runs, commands_submit
+
+    commands_runs.add_parser(commands)
+    commands_submit.add_parser(commands)
 
     doctor = commands.add_parser("doctor", help="versions, engines, kernels, devices; what to install for more")
     doctor.set_defaults(run=_run_doctor)

@@ -325,7 +325,7 @@ def test_a_detached_run_outlives_its_kernel(tmp_path: Path) -> None:
         output = kernel.run(LOOPS.replace("2\n", "2 --detach --run-dir kept\n", 1))
         assert "outlives this kernel, ends after 24 h" in output.text and output.status == "ok"
         kept = Run.attach(tmp_path / "kept")
-        wait_until(lambda: kept.life and "ready" in kept.logs(1))
+        wait_until(lambda: kept.life and "ready" in kept.logs())
         kernel.process.kill()
         time.sleep(7)
     assert kept.status == "running" and len(list_processes(tmp_path)) >= 4

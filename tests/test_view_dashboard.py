@@ -64,6 +64,12 @@ def test_the_steps_that_all_ranks_have(folder: RunFolder) -> None:
     assert spread_over(read_ranks(folder), "step_s").steps == (1, 2)
 
 
+def test_a_rank_stands_out_where_it_is_no_chance() -> None:
+    even = Spread((0, 5), (1, 2, 3, 4), ((1.0, 2.0, 2.0, 1.0), (2.0, 1.0, 1.0, 2.0)))
+    assert even.often_most == (-1, 0.0)
+    assert Spread((0, 5), (1, 2), ((1.0, 1.0), (2.0, 2.0))).often_most == (5, 1.0)
+
+
 def test_of_long_files_the_ends_are_read(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dashboard, "MAX_BYTES", 3 * 300)
     steps = spread_over(read_ranks(folder), "step_s").steps
@@ -159,6 +165,7 @@ def test_it_follows_a_run_that_lives_elsewhere(folder: RunFolder, monkeypatch: p
     )
     subprocess.run([sys.executable, "-c", code, str(folder.path)], check=True)
     wait_until(lambda: "own seconds at step 5: 9 least" in board.picture.alt)
+    assert board.picture.alt.startswith("run\n")  # its name: the state stands beside the button
     assert bytes(board._image.value) != before
     board._button.click()
     assert folder.stop_requested()

@@ -4,16 +4,13 @@ A process belongs to a trial when a variable of its environment has the trial's 
 session and its parent are by then. Ranks are plain Python, which starts faster than torch; where they wait for one
 another it is torch that waits.
 
-    with Kernel(trial) as kernel:
-        message = kernel.begin(cell(trial, "loop", LOOP))
-        ...
-
-`WITH_KERNEL` and `ALONE` name the ways; each is a function of a `Trial`, which collects what was wrong.
+    python -m tests.ways_to_die FOLDER WAY...      tries these ways; JSON of what was wrong, by way
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import queue
 import secrets
@@ -21,8 +18,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +31,7 @@ MARK = "BIOKIT_TRIAL_MARK"
 LEFT_S = 10.0  # after which nothing may be left
 READY_S = 120.0  # for the ranks of a trial to come up
 REPLY_S = 20.0  # for a cell to end after it was interrupted, or lost its run
-CELL_TIMEOUT_S = 12  # of papermill's cells, where that is the way
+CELL_TIMEOUT_S = 15  # of papermill's cells, where that is the way; on a slow machine the ranks are still coming up
 ROOT = Path(__file__).parents[1]
 
 # what a rank does; {ready} is a path to which it adds its number
@@ -119,7 +116,8 @@ class Kernel:
     """A notebook's kernel of this trial."""
 
     def __init__(self, trial: Trial) -> None:
-        self.trial, self.manager = trial, KernelManager(kernel_name="python3")
+        self.trial = self._first = trial
+        self.manager = KernelManager(kernel_name="python3")
         self._log = (trial.folder / "kernel.log").open("ab")
         self.manager.start_kernel(env=trial.environment, cwd=str(trial.folder), stdout=self._log, stderr=self._log)
         self._connect()
@@ -153,6 +151,8 @@ class Kernel:
     def run(self, code: str, timeout_s: float = READY_S) -> None:
         """Run a cell that is to succeed."""
         reply = self.end(self.begin(code), timeout_s)
+        while reply.get("status") == "aborted":  # what comes right after a failed cell is sent away
+            reply = self.end(self.begin(code), timeout_s)
         if reply.get("status") != "ok":
             self.trial.faults.append(f"{code.splitlines()[0]}: {reply.get('ename')}: {reply.get('evalue')}")
 
@@ -178,7 +178,7 @@ class Kernel:
             self.manager.shutdown_kernel(now=True)
         self.manager.cleanup_resources()
         self._log.close()
-        self.trial.check_left()
+        self._first.check_left()
 
 
 def cell(trial: Trial, name: str, program: str, magic: str = "%%torchrun --nproc-per-node 2") -> str:
@@ -307,8 +307,10 @@ def write_notebook(trial: Trial) -> Path:
 
 
 @contextlib.contextmanager
-def running(trial: Trial, words: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A program that runs the notebook; its runs are up."""
+def running(
+    trial: Trial, words: list[str], names: Sequence[str] = ("back", "fore")
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A program that runs the notebook; these runs are up."""
     with (trial.folder / "program.log").open("ab") as log:
         program = subprocess.Popen(
             [sys.executable, "-m", *words],
@@ -320,7 +322,7 @@ def running(trial: Trial, words: list[str]) -> Iterator[subprocess.Popen[bytes]]
             start_new_session=True,
         )
     try:
-        trial.wait_ready("back", "fore", alive=lambda: program.poll() is None)
+        trial.wait_ready(*names, alive=lambda: program.poll() is None)
         yield program
     finally:
         program.kill()
@@ -351,9 +353,9 @@ def biokit_notebook(notebook: Path) -> list[str]:
 def time_out(trial: Trial) -> None:
     """A cell takes longer than it may."""
     words = [*plain_papermill(write_notebook(trial)), "--execution-timeout", str(CELL_TIMEOUT_S)]
-    with running(trial, words) as program:
+    with running(trial, words, names=()) as program:
         try:
-            if program.wait(CELL_TIMEOUT_S + LEFT_S + REPLY_S) == 0:
+            if program.wait(READY_S) == 0:
                 trial.faults.append("the time-out passed for a success")
         except subprocess.TimeoutExpired:
             trial.faults.append("papermill goes on after the time-out")
@@ -377,3 +379,36 @@ ALONE: dict[str, Callable[[Trial], None]] = {
     "biokit notebook SIGTERM": lambda trial: end_papermill(trial, signal.SIGTERM, biokit_notebook),
     "biokit notebook SIGKILL": lambda trial: end_papermill(trial, signal.SIGKILL, biokit_notebook),
 }
+WAYS = (*WITH_KERNEL, *ALONE)
+
+
+def try_ways(ways: Sequence[str], folder: Path) -> dict[str, list[str]]:
+    """One trial of each, in a process of their own; what was wrong, by way. Those that spare the kernel share one."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.ways_to_die", str(folder), *ways]  # jupyter_client's loops
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    return (
+        json.loads(done.stdout.rpartition("\n")[2]) if done.returncode == 0 else {way: ["it crashed"] for way in ways}
+    )
+
+
+def main(words: Sequence[str]) -> None:
+    """Try ways, one after the other."""
+    folder, faults = Path(words[0]), {}
+    for number, way in enumerate(way for way in words[1:] if way in ALONE):
+        trial = Trial(folder / f"alone_{number}")
+        trial.folder.mkdir()
+        ALONE[way](trial)
+        faults[way] = trial.faults
+    if shared := [way for way in words[1:] if way in WITH_KERNEL]:
+        first = Trial(folder)
+        with Kernel(first) as kernel:
+            for way in shared:
+                kernel.trial = replace(first, faults=[])
+                WITH_KERNEL[way](kernel.trial, kernel)
+                faults[way] = kernel.trial.faults
+        faults[shared[-1]] += first.faults  # the kernel's own end
+    print(json.dumps(faults), end="")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -9,10 +9,11 @@ def load_magics(shell: Any) -> None:
     """Register the magics and the completion of their flags; costs no torch."""
     from biokit.launch.magics import TorchrunMagics, complete_flags
     from biokit.launch.notebooks import end_with_runner
+    from biokit.launch.slurm_magics import SubmitMagics
     from biokit.launch.warm_magics import WarmMagics
 
     end_with_runner()
-    for magics in (TorchrunMagics, WarmMagics):
+    for magics in (TorchrunMagics, WarmMagics, SubmitMagics):
         shell.register_magics(magics)
     if complete_flags not in shell.Completer.custom_matchers:
         shell.Completer.custom_matchers.append(complete_flags)

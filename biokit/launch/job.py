@@ -2,8 +2,8 @@
 
 A training gets a supervisor, a notebook papermill. Before the time limit (SIGUSR2) and where Slurm preempts the job
 (SIGTERM while it counts as running) the run saves a checkpoint at the next step boundary, and the job puts itself back
-into the queue, to go on from there; after `scancel` it does not. A job that has saved nothing new since it began is not
-put back: it would go on for ever.
+into the queue, to go on from there; so it does where a node was lost, and not after `scancel`. A job that has saved
+nothing new since it began is not put back: it would go on for ever.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 from biokit.errors import BiokitError, RunError
 from biokit.launch import slurm, states
 from biokit.launch.slurm import Job, own_job_id, read_job, write_job
+from biokit.launch.srun import find_lost_node
 from biokit.launch.sweeps import task_name
 from biokit.launch.tree import become_subreaper, end_tree
 from biokit.launch.work import NotebookWork, TrainingWork, Work, execute_notebook
@@ -44,10 +45,8 @@ class JobRun:
         become_subreaper()
         for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note_signal)
-        restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
-        say(
-            f"job {self.job.job_id} on {os.environ.get('SLURM_JOB_NODELIST', 'this machine')}, put back {restarts} times"
-        )
+        nodes, restarts = (os.environ.get(name, "") for name in ("SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT"))
+        say(f"job {self.job.job_id} on {nodes or 'this machine'}, put back {restarts or 0} times")
         self.work.await_predecessor()
         before = self.work.saved_steps()
         self.work.start()
@@ -55,6 +54,9 @@ class JobRun:
         outcome, error = self.work.outcome()
         end_tree(grace_s=0)
         if self.told and outcome != states.FINISHED:
+            outcome, error = self._judge(outcome, error, before)
+        elif outcome == states.FAILED and (lost := find_lost_node()):
+            say(f"a node does not answer: {lost}")
             outcome, error = self._judge(outcome, error, before)
         self.job = replace(self.job, outcome=outcome, error=error)
         write_job(self.folder, self.job)  # before it is put back: that ends this process
@@ -90,7 +92,7 @@ class JobRun:
         return min((at + patience_s[signal.Signals(number)] for number, at in self.told.items()), default=float("inf"))
 
     def _judge(self, outcome: str, error: str, before: dict[str, int]) -> tuple[str, str]:
-        """Whether a job that was told to end is to be put back; (outcome, why it failed)."""
+        """Whether a job that was told to end, or lost a node, is to be put back; (outcome, why it failed)."""
         if not self._goes_on():
             return (
                 (outcome, error)
@@ -107,7 +109,7 @@ class JobRun:
         )
 
     def _goes_on(self) -> bool:
-        """Whether Slurm still counts the job as running; one that it is ending was cancelled, or it puts it back itself."""
+        """Whether Slurm counts the job as running; one that it is ending was cancelled, or it puts it back itself."""
         if signal.SIGINT in self.told:
             return False
         try:

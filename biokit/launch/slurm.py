@@ -112,7 +112,9 @@ def submit_script(script: Path) -> str:
     if shutil.which("sbatch") is None:
         path = shlex.quote(str(folder))
         copy = f"rsync -a {path}/ HOST:{path}/"
-        do = f"On a login node that sees the folder: sbatch {path}/{script.name}; where none does, copy it first: {copy}"
+        do = (
+            f"On a login node that sees the folder: sbatch {path}/{script.name}; where none does, copy it first: {copy}"
+        )
         raise EngineError(f"submit {script}", "sbatch is not on this machine", do)
     answer = ask_slurm(["sbatch", "--parsable", str(script)], "submit the job")
     return answer.strip().splitlines()[-1].split(";")[0]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from biokit.errors import EngineError, RunError
+from biokit.errors import BiokitError, EngineError, RunError
 from biokit.launch.orders import Order
 from biokit.launch.rendezvous import first_free_port
 from biokit.launch.sbatch import CONTAINER_VARIABLE, SRUN_VARIABLE
@@ -86,6 +86,19 @@ def end_steps(run_dir: Path, environment: Mapping[str, str] = os.environ) -> Non
         for step in steps:
             ask_slurm(["scancel", step], f"end step {step}", fails="")
         time.sleep(0.5)
+
+
+def find_lost_node(environment: Mapping[str, str] = os.environ) -> str:
+    """Why the other nodes of this allocation do not all answer; empty: they do. Slurm itself notices minutes later."""
+    count = environment.get("SLURM_JOB_NUM_NODES", "1")
+    if count == "1":
+        return ""
+    options = [f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--overlap", "--input=none"]
+    try:
+        ask_slurm(["srun", *options, "--kill-on-bad-exit=1", "true"], "reach all nodes")
+    except BiokitError as error:
+        return error.found
+    return ""
 
 
 def step_name(run_dir: Path) -> str:

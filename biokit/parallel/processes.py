@@ -225,7 +225,7 @@ def _join(device: torch.device, timeout_s: float, rank: int, world_size: int) ->
     try:
         master = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         agreed = dist.PrefixStore("agreed", store)
-        with limited(agreed, timeout_s) as asked, open_door(asked, rank, world_size, master) as peers:
+        with limited(agreed, timeout_s, master[1]) as asked, open_door(asked, rank, world_size, master) as peers:
             yield Processes(rank, world_size, device, group, asked, peers)
             dist.barrier(group=group)  # without it ranks that end early take their peers with them
     finally:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
+import socket
+import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -18,14 +22,16 @@ class SilentStore(RuntimeError):
 
 
 class LimitedStore:
-    """A store that is asked in a thread of its own, which a lost answer leaves behind.
+    """A store that is asked in a thread of its own.
 
-    Attributes:
+    Args:
         limit_s: after which an answer is no longer waited for.
+        port: of whom keeps the store. Its connections are given up where it does not answer: a thread that still
+            waits for one would abort the process at its end.
     """
 
-    def __init__(self, store: dist.Store, limit_s: float) -> None:
-        self.limit_s = limit_s
+    def __init__(self, store: dist.Store, limit_s: float, port: int) -> None:
+        self.limit_s, self.port = limit_s, port
         self._store = store
         self._asked: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]] | None] = queue.SimpleQueue()
         threading.Thread(target=self._serve, daemon=True, name="biokit-store").start()
@@ -47,7 +53,7 @@ class LimitedStore:
         return self._ask(lambda: self._store.check(list(keys)))
 
     def close(self) -> None:
-        """Let the thread end, unless it waits for an answer that does not come."""
+        """Let the thread end."""
         self._asked.put(None)
 
     def _ask(self, call: Callable[[], Any]) -> Any:
@@ -56,6 +62,7 @@ class LimitedStore:
         try:
             result, error = answers.get(timeout=self.limit_s + SPARE_S)
         except queue.Empty:
+            hang_up(self.port)
             raise SilentStore(f"the key-value store did not answer: wait timeout after {self.limit_s:g} s") from None
         if error is not None:
             raise error
@@ -70,10 +77,21 @@ class LimitedStore:
                 answers.put((None, error))
 
 
+def hang_up(port: int) -> None:
+    """End this process's connections to a port; who waits there gets an error."""
+    numbers = [int(path.name) for path in Path("/proc/self/fd").iterdir()] if Path("/proc/self/fd").is_dir() else []
+    for number in numbers:
+        with contextlib.suppress(OSError):  # closed meanwhile, no socket, or no connected one
+            if stat.S_ISSOCK(os.fstat(number).st_mode):
+                with socket.socket(fileno=os.dup(number)) as connection:
+                    if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getpeername()[1] == port:
+                        connection.shutdown(socket.SHUT_RDWR)
+
+
 @contextlib.contextmanager
-def limited(store: dist.Store, limit_s: float) -> Iterator[LimitedStore]:
-    """The same store, with a limit to every wait, for as long as the block lasts."""
-    store_in_thread = LimitedStore(store, limit_s)
+def limited(store: dist.Store, limit_s: float, port: int) -> Iterator[LimitedStore]:
+    """A `LimitedStore` for as long as the block lasts."""
+    store_in_thread = LimitedStore(store, limit_s, port)
     try:
         yield store_in_thread
     finally:

@@ -15,7 +15,7 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "buffers")
 Groups = tuple[tuple[int, ...], ...]
 # DeepSpeed's defaults of zero_optimization, in elements
 ZERO_DEFAULTS = {
-    "stage3_max_reuse_distance": 10**9,
+    "stage3_max_live_parameters": 10**9,
     "stage3_prefetch_bucket_size": 5 * 10**7,
     "stage3_param_persistence_threshold": 10**5,
 }

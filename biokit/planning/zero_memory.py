@@ -3,10 +3,10 @@
 - ZeRO trains an fp32 copy of its part of the weights, also of fp32 weights (counted in `memory`).
 - Stage 1 keeps whole gradients until the update, stage 2 those of a rank's part. Both copy gradients into a bucket,
   flatten the bucket to send it, copy the rank's part out of it, and flatten that once more for AdamW.
-- Stage 3 keeps a bucket and its part of the gradients for ever, small parameters whole between updates, and the
-  gathered parameters until their last use within `stage3_max_reuse_distance` elements, so that of a model of less than
-  half of these everything is there from its use in the forward pass to that in the backward pass. What is fetched
-  ahead stands there twice.
+- Stage 3 keeps a bucket and its part of the gradients for ever, and small parameters whole between updates. Every
+  module that runs, a dropout too, fetches another `stage3_prefetch_bucket_size` elements ahead, and what was fetched
+  ahead of its second use stays for it: soon all weights are there, up to `stage3_max_live_parameters`, and each goes
+  after its backward pass. The bucket that is being unpacked stands there twice.
 """
 
 from __future__ import annotations
@@ -80,10 +80,9 @@ def list_zero3_instants(shape: RankShape) -> Instants:
     ]
     whole = Item("weights", "small parameters, whole", FLOAT_BYTES * sum(n for n in shape.counts if n <= small))
     large = {layer.name: sum(n for n in layer.weights if n > small) for layer in shape.use.layers}
-    ahead = shape.setting("stage3_prefetch_bucket_size")
-    at_most = shape.setting("stage3_max_reuse_distance") // 2 + ahead  # there and back again
-    gathered = FLOAT_BYTES * min(sum(large.values()), at_most)
-    buffer = min(gathered, FLOAT_BYTES * ahead) * (shape.layout.data > 1)
+    gathered = FLOAT_BYTES * min(sum(large.values()), shape.setting("stage3_max_live_parameters"))
+    ahead = FLOAT_BYTES * shape.setting("stage3_prefetch_bucket_size")
+    buffer = min(gathered, ahead) * (shape.layout.data > 1)
     last = [name for name, count in large.items() if count][-1:]
     for moment in shape.use.forward:
         if [moment.layer] == last:
@@ -95,7 +94,8 @@ def list_zero3_instants(shape: RankShape) -> Instants:
         sending = flat if shape.ready_bytes(number) >= shape.bucket_bytes else 0
         yield moment.where, [*kept, whole, activations(moment), _gathered(gathered), _flattened(sending)]
         gathered = max(0, gathered - FLOAT_BYTES * large[moment.layer])
-    yield "gradients sent", [*kept, whole, _flattened(flat)]
+    copy = Item("buffers", "gloo's copy of a bucket", flat * shape.shares_memory)
+    yield "gradients sent", [*kept, whole, _flattened(flat), copy]
     share = 0 if offloaded else shape.share_bytes()
     yield "update", [*kept, Item("gradients", "the rank's part, flattened", share)]
 

@@ -41,7 +41,6 @@ SHOWN = tuple(panel for panel in PANELS if panel.key in ("loss", "tokens_per_s")
 MAX_BYTES = 4 << 20  # of all ranks' files together at a look: the ends of them where a run is long
 MAX_RANKS = 4096
 MAX_LINES = 6  # drawn of ranks; of more ranks the spread is drawn
-OFTEN = 0.5  # a rank that has the most in so many steps is named
 MIB = float(2**20)
 TITLE_SIGNS = 120
 
@@ -67,11 +66,12 @@ class Spread:
 
     @property
     def often_most(self) -> tuple[int, float]:
-        """The rank that has the most most often, and in which share of the steps."""
+        """The rank that has the most most often, and in which share of the steps; (-1, 0.0): none stands out."""
         rows = zip(*self.values, strict=True)
         most = Counter(self.ranks[max(range(len(row)), key=row.__getitem__)] for row in rows)
         rank, times = most.most_common(1)[0]
-        return rank, times / len(self.steps)
+        share = times / len(self.steps)
+        return (rank, share) if share > 0.5 + 0.5 / len(self.ranks) else (-1, 0.0)
 
 
 class Dashboard(LivePanel):
@@ -82,7 +82,8 @@ class Dashboard(LivePanel):
 
     def draw(self) -> Picture:
         """The picture for `state`."""
-        return show_dashboard(self._run, self.state, scale=self._scale, title=self._title)
+        while_running = "" if self.state.ended else self._folder.path.name  # the state stands beside the button
+        return show_dashboard(self._run, self.state, scale=self._scale, title=self._title or while_running)
 
 
 def show_dashboard(run: Run, state: RunState, *, scale: str = "linear", title: str = "") -> Picture:
@@ -159,7 +160,7 @@ def describe_dashboard(lines: Sequence[dict[str, Any]], seconds: Spread, memory:
         if len(seconds.ranks) > 1:
             rank, share = seconds.often_most
             text += f" of {len(seconds.ranks)} ranks"
-            text += f"; slowest in {share:.0%} of the steps: rank {rank}" if share > OFTEN else ""
+            text += f"; slowest in {share:.0%} of the steps: rank {rank}" if share else ""
         words.append(text)
     if memory.steps:
         unit, divisor = _memory_unit(memory)
@@ -185,7 +186,7 @@ def _draw_spread(axes: Axes, title: str, spread: Spread, divisor: float, by_rank
         scaled = [[value / divisor for value in values] for values in (least, middle, most)]
         if len(spread.ranks) > 1:
             rank, share = spread.often_most
-            band = "least to most" + (f" (most: rank {rank} in {share:.0%} of the steps)" if share > OFTEN else "")
+            band = "least to most" + (f" (most: rank {rank} in {share:.0%} of the steps)" if share else "")
             axes.fill_between(steps, scaled[0], scaled[2], color=RAW, alpha=0.5, lw=0, label=band)
         axes.plot(steps, scaled[1], color=SMOOTH, label="median" if len(spread.ranks) > 1 else "rank 0", **style)
     axes.set_ylim(0, 1.1 * max(max(values) for values in spread.values) / divisor or 1.0)

@@ -10,6 +10,7 @@ from functools import partial
 
 from tests.drills import cut_checkpoints, dying, kill_a_rank, kill_and_resume, supervised
 from tests.drills.outcome import HEADER, Outcome
+from tests.ways_to_die import WAYS
 
 FULL: dict[str, tuple[int, Callable[[int, int], Outcome]]] = {
     "Single": (50, kill_and_resume.run_drill),
@@ -20,7 +21,7 @@ FULL: dict[str, tuple[int, Callable[[int, int], Outcome]]] = {
         for ranks in (2, 4)
     },
     "SIGTERM": (20, supervised.terminate),
-    **{way: (10, partial(dying.run_drill, way=way)) for way in dying.WAYS},
+    **{way: (10, partial(dying.run_drill, way=way)) for way in WAYS},
     "saves": (200, cut_checkpoints.cut_saves),
     "disk": (40, cut_checkpoints.fill_the_disk),
     "bits": (100, cut_checkpoints.flip_bits),

@@ -7,20 +7,7 @@ import time
 from pathlib import Path
 
 from tests.drills.outcome import Outcome
-from tests.ways_to_die import ALONE, LEFT_S, WITH_KERNEL, Kernel, Trial
-
-WAYS = (*WITH_KERNEL, *ALONE)
-
-
-def try_once(way: str, folder: Path) -> list[str]:
-    """One trial; what was wrong."""
-    trial = Trial(folder)
-    if way in ALONE:
-        ALONE[way](trial)
-    else:
-        with Kernel(trial) as kernel:
-            WITH_KERNEL[way](trial, kernel)
-    return trial.faults
+from tests.ways_to_die import LEFT_S, try_ways
 
 
 def run_drill(trials: int, seed: int, way: str) -> Outcome:
@@ -28,7 +15,7 @@ def run_drill(trials: int, seed: int, way: str) -> Outcome:
     started, failed, num_left = time.monotonic(), 0, 0
     for number in range(trials):
         with tempfile.TemporaryDirectory(prefix="biokit-dying-") as folder:
-            faults = try_once(way, Path(folder))
+            faults = try_ways([way], Path(folder))[way]
         failed, num_left = failed + bool(faults), num_left + sum(fault.startswith("left after") for fault in faults)
         print(f"{way} {number + 1}/{trials}: {'; '.join(faults) or 'nothing left'}", flush=True)
     noted = f"{num_left} processes left after {LEFT_S:g} s"

@@ -136,11 +136,13 @@ class Cluster:
         return len(family)
 
     def processes_of(self, node: str) -> list[psutil.Process]:
-        """A node's daemon and all that runs on the node, by the environment that Slurm gives to tasks."""
+        """A node's daemon, what is below it, and jobs' tasks there, known by their environment, with their parents."""
         daemon = psutil.Process(self._daemons[node].pid)
-        below = daemon.children(recursive=True)
-        known = {process.pid for process in (daemon, *below)}
-        return [daemon, *below, *(p for p in processes_with("SLURMD_NODENAME", node) if p.pid not in known)]
+        found = {daemon, *daemon.children(recursive=True)}
+        for task in processes_with("SLURMD_NODENAME", node):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found |= {task, *(parent for parent in task.parents() if parent.name().startswith("slurmstepd"))}
+        return list(found)
 
     def use_epilog(self, is_on: bool) -> None:
         """Whether Slurm runs `epilog.py` at the end of each job on a node."""

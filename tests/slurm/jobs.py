@@ -16,7 +16,7 @@ from tests.slurm.cluster import Cluster, wait_until
 from tests.small_run import small_config
 
 JOB_S = 90.0  # a job of these tests takes some 10 s on an idle machine
-STEPS = 160
+STEPS = 100
 NOTEBOOK = """\
 from biokit.config import load_config
 from biokit.train import train

@@ -31,6 +31,7 @@ from tests.slurm.jobs import (
 
 NASTY = "a b'c\"d; touch PWNED $(touch PWNED) `touch PWNED`\n#SBATCH --nodes=9\ntouch PWNED"
 TWO_NODES = ("strategy=DDP", "--nodes", "2")
+LOST_S = 60.0  # until Slurm counts a silent node as lost, and has put its job back
 AGAIN_S = 120.0  # Slurm waits 7 s before it starts a requeued job, and the machine may be busy
 
 
@@ -128,3 +129,17 @@ def test_scancel_leaves_nothing(cluster: Cluster, tmp_path: Path, epilog: bool) 
     time.sleep(1.0)
     assert processes_with("SLURM_JOB_ID", job_id) == []
     assert job_of(run).outcome in ("", "stopped", "interrupted")  # "": killed after KillWait; never put back
+
+
+@pytest.mark.full
+def test_a_lost_node(cluster: Cluster, undisturbed: RunFolder, tmp_path: Path) -> None:
+    """A node that goes without a word: the job is put back, and goes on from the newest checkpoint."""
+    run = submit(write_config(tmp_path), *TWO_NODES)
+    wait_for_step(cluster, run, 15)
+    assert cluster.lose_node("node2") >= 4  # slurmd, slurmstepd, the agent and its rank
+    wait_for_state(cluster, run, "PENDING", timeout_s=LOST_S)
+    cluster.start_node("node2")
+    wait_for_outcome(cluster, run, "finished", "failed", timeout_s=AGAIN_S)
+    assert job_of(run).outcome == "finished", jobs.explain(cluster, run)
+    assert run.read_manifest()["resumed_from"] >= 10
+    assert losses(run) == losses(undisturbed)

@@ -1,0 +1,138 @@
+"""A key-value store that answers, and one that does not."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+import torch.distributed as dist
+
+from biokit.endings import PeerError, is_lost_peer
+from biokit.parallel.processes import Processes
+from biokit.parallel.stores import SilentStore, hang_up, limited
+from tests.distributed import CONTEXT, free_port
+
+PORT = 9  # nobody's
+
+
+class Silent:
+    """A store behind a link that is cut after some answers."""
+
+    def __init__(self, num_answers: int) -> None:
+        self.num_answers, self.mended = num_answers, threading.Event()
+
+    def add(self, key: str, amount: int) -> int:
+        self.num_answers -= 1
+        if self.num_answers < 0:
+            self.mended.wait()
+        return 1
+
+
+def test_it_does_what_the_store_does():
+    with limited(dist.HashStore(), 5.0, PORT) as store:
+        store.set("a", "ü")
+        assert store.get("a") == "ü".encode()
+        assert [store.add("n", 2), store.add("n", 0)] == [2, 2]
+        assert store.check(["a", "n"]) and not store.check(["a", "b"])
+        with pytest.raises((RuntimeError, ValueError)):
+            store.add("a", 1)  # no number: the store's own error
+        assert store.check(["a"])
+
+
+def test_who_does_not_answer_is_not_waited_for_longer_than_asked():
+    silent, started = Silent(1), time.monotonic()
+    with limited(silent, 0.3, PORT) as store:
+        assert store.add("n", 1) == 1
+        with pytest.raises(SilentStore, match=r"did not answer: wait timeout after 0\.3 s") as caught:
+            store.add("n", 1)
+    assert 0.3 <= time.monotonic() - started < 5.0
+    assert is_lost_peer(caught.value)
+    silent.mended.set()
+
+
+def test_a_meeting_says_that_the_store_is_silent_and_not_that_a_rank_failed():
+    silent = Silent(2)
+    with limited(silent, 0.2, PORT) as store:
+        own = Processes(rank=1, world_size=2, store=store)
+        with pytest.raises(SilentStore), own.together("saving"):
+            pass
+    silent.mended.set()
+
+
+def test_a_main_process_that_took_the_store_with_it_has_failed():
+    class Gone:
+        def check(self, keys: list[str]) -> bool:
+            raise RuntimeError("Connection reset by peer")
+
+    with limited(Gone(), 1.0, PORT) as store:
+        own = Processes(rank=1, world_size=2, store=store)
+        with pytest.raises(PeerError, match="the main process"), own.main_first("preparing"):
+            pass
+
+
+def test_a_connection_that_is_given_up_wakes_who_waits_there():
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_server(("127.0.0.1", 0)) as other:
+        with (
+            socket.create_connection(server.getsockname()) as waits,
+            socket.create_connection(other.getsockname()) as no,
+        ):
+            hang_up(server.getsockname()[1])
+            assert waits.recv(1) == b""
+            no.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                no.recv(1)
+
+
+LONELY = """
+import datetime as dt, sys
+import torch.distributed as dist
+from biokit.parallel.stores import SilentStore, limited
+
+port = int(sys.argv[1])
+store = dist.PrefixStore("run", dist.TCPStore("127.0.0.1", port, 2, False, timeout=dt.timedelta(seconds=30)))
+with limited(store, 1.0, port) as asked:
+    try:
+        while True:
+            asked.add("n", 1)
+    except SilentStore:
+        sys.exit(7)
+"""
+
+
+def test_a_process_whose_store_is_silent_ends_as_it_wants():
+    keeper = CONTEXT.Process(target=keep_store, args=(port := free_port(),))
+    keeper.start()
+    try:
+        lonely = subprocess.Popen([sys.executable, "-c", LONELY, str(port)], stderr=subprocess.PIPE)
+        with lonely:
+            time.sleep(0.5)
+            while psutil.Process(lonely.pid).num_threads() < 3:  # it asks
+                time.sleep(0.05)
+            os.kill(keeper.pid, signal.SIGSTOP)
+            said = lonely.communicate(timeout=60)[1].decode()
+        assert (lonely.returncode, "terminate called" in said) == (7, False), said
+    finally:
+        keeper.kill()
+        keeper.join()
+
+
+def keep_store(port):
+    store = dist.TCPStore("127.0.0.1", port, 2, True, wait_for_workers=False)
+    time.sleep(600)
+    del store
+
+
+def test_threads_end():
+    before = threading.active_count()
+    for _ in range(20):
+        with limited(dist.HashStore(), 5.0, PORT) as store:
+            store.set("a", "b")
+    end = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
