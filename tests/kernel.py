@@ -1,7 +1,8 @@
-"""A real kernel for tests: cells in, outputs out."""
+"""A real kernel for tests: cells in, outputs out; and small notebooks."""
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import psutil
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import KernelManager, start_new_kernel
@@ -102,3 +104,26 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 30.0) -> None
     while not condition():
         assert time.monotonic() < end, "the awaited state did not come"
         time.sleep(0.05)
+
+
+def write_notebook(path: Path, *sources: str) -> Path:
+    """A notebook of code cells, the first of which holds its parameters; nbval takes its cells for executed."""
+    notebook = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    )
+    notebook.cells = [nbformat.v4.new_code_cell(source, execution_count=i) for i, source in enumerate(sources, 1)]
+    notebook.cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(notebook, path)
+    return path
+
+
+def count_copies(folder: Path, *secrets: str) -> dict[str, int]:
+    """Files below a folder that hold a secret, in any of the spellings that JSON and Python have for it."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            spellings = {s for secret in secrets for s in (secret, json.dumps(secret)[1:-1], repr(secret)[1:-1])}
+            if count := sum(content.count(spelling.encode()) for spelling in spellings):
+                found[str(path.relative_to(folder))] = count
+    return found

@@ -18,7 +18,7 @@ from biokit.launch.states import SupervisorState, read_state
 from biokit.launch.supervisor import Limits
 from biokit.runs import RunFolder
 
-SHORT = Limits(checkpoint_s=20.0, grace_s=1.0, interrupt_s=0.5, watchdog_s=1.5)
+SHORT = Limits(checkpoint_s=20.0, grace_s=1.0, interrupt_s=0.5)
 MARK = "BIOKIT_TEST_TREE"  # variable that every process of a tree inherits: what is left of it is found by that
 BODY = """
 import sys

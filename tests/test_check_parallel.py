@@ -158,11 +158,3 @@ def test_options_of_other_strategies_are_left_out(tmp_path: Path, started: list[
     check_parallel(config, ["dp2", "tp2", "pp2"], 2)
     assert [one.parallel.partition_activations for one, _ in started] == [False, True, False]
     assert [one.parallel.pipeline_model_parallel_size for one, _ in started] == [0, 1, 2]
-
-
-def test_two_real_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    check = check_parallel(small_config(tmp_path), ["1", "dp2"], 3)
-    check.raise_if_outside()
-    assert check.table.reference.layout == "Single" and check.table.rows[0].run.layout == "DDP x dp2"
-    assert [len(run.losses) for run in (check.table.reference, check.table.rows[0].run)] == [3, 3]
-    assert "dp2 (DDP, 2 processes): step 3" in capsys.readouterr().out

@@ -266,7 +266,7 @@ def test_no_secret_is_left(life: LifeFolder, folder: RunFolder, monkeypatch: pyt
         try:
             int("hf_0123456789abcdef")
         except ValueError as error:
-            raise RuntimeError("x" * 3990 + " hf_0123456789abcdef") from error
+            raise RuntimeError("x" * 3985 + " hf_0123456789abcdef") from error
     except RuntimeError as error:
         error.add_note("note hf_0123456789abcdef")
         write_error(life, 0, error)

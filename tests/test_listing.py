@@ -96,6 +96,7 @@ def test_only_runs_are_listed_and_broken_ones_say_so(home: Path) -> None:
         store.mkdir()
         (store / "manifest.json").write_text('{"sha256": "x"}')
     inside = make_run(run.path / "two")  # a notebook's runs lie inside its own
+    make_run(run.path / "checkpoints" / "three")  # nobody looks there
     broken = make_run(home / "runs" / "broken")
     broken.config_file.write_text("{")
     broken.manifest_file.write_text('{"status": "finished", "versions": 7}')
@@ -166,7 +167,7 @@ def test_runs_that_are_no_trainings_differ_in_their_lines(home: Path) -> None:
 # again
 
 
-Started = list[tuple[RunFolder, Order, bool]]
+Started = list[tuple[RunFolder, Order, bool, Path]]  # and where it would begin
 
 
 @pytest.fixture
@@ -175,7 +176,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Started:
     found: Started = []
 
     def start(folder: RunFolder, order: Order, detach: bool) -> Run:
-        found.append((folder, order, detach))
+        found.append((folder, order, detach, Path.cwd()))
         return Run(folder)
 
     monkeypatch.setattr(again, "start_run", start)
@@ -191,8 +192,8 @@ def test_a_training_is_started_again_with_its_own_configuration(
     monkeypatch.chdir(tmp_path)  # paths of the configuration are relative to where it was started
     again.start_again(Run(old), overrides=["train.lr=0.5"])
     again.start_again(Run(old), "new", detach=True)
-    folder, order, detach = seen[0]
-    assert folder.path == home / "one_2" and not detach
+    folder, order, detach, where = seen[0]
+    assert (folder.path, detach, where) == (home / "one_2", False, home)
     assert order.program == ("-m", "biokit", "train", str(asked_file(folder)))
     config = load_config(order.program[-1])
     assert (config.train.lr, config.data.dataset_path, config.run_dir) == (0.5, "mine.csv", str(folder.path))
@@ -215,7 +216,7 @@ def test_a_training_is_started_again_with_its_own_configuration(
 def test_options_may_stand_anywhere(home: Path, seen: Started, words: list[str]) -> None:
     make_run(home / "one")
     assert biokit("again", *words) == 0
-    ((folder, order, detach),) = seen
+    ((folder, order, detach, _),) = seen
     assert (folder.path, load_config(order.program[-1]).train.lr, detach) == (home / "new", 0.5, True)
 
 
@@ -224,7 +225,7 @@ def test_an_order_from_the_command_line_is_started_again(home: Path, seen: Start
     words = ("-m", "biokit", "train", "molbart_mini", "--lr", "0.25", "run_dir=one")
     write_order(old, Order("train", words, timeout_s=7.0, max_lives=3))
     again.start_again(Run(old))
-    folder, order, _ = seen[0]
+    folder, order, *_ = seen[0]
     assert load_config(order.program[-1]).train.lr == 0.25
     assert (order.timeout_s, order.max_lives, folder.path) == (7.0, 3, home / "one_2")
 

@@ -33,6 +33,7 @@ def read(line: str, is_cell: bool = False) -> MagicLine:
         ("--no-python ls -l", "--no-python --nproc-per-node 1", "ls -l", HERE, 1),
         ("--te 3 -r 1 x.py", "--redirects 1 --tee 3 --nproc-per-node 1", "x.py", HERE, 1),
         ("--max-restarts 2 x.py --bg", "--max-restarts 2 --nproc-per-node 1", "x.py --bg", HERE, 1),
+        ("-- --bg --status", "--nproc-per-node 1", "--bg --status", HERE, 1),
         ("-- x.py --bg -- y", "--nproc-per-node 1", "x.py --bg -- y", HERE, 1),
         (
             "--nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint h:1 x.py",
@@ -50,7 +51,7 @@ def test_flags_become_an_order(line: str, torchrun: str, program: str, placement
     assert (asked.program, asked.placement, asked.num_ranks) == (tuple(program.split()), placement, num_ranks)
     # read again by torchrun, they mean the same
     parser = get_args_parser()
-    ours = vars(parser.parse_args([*asked.torchrun, *asked.program]))
+    ours = vars(parser.parse_args([*asked.torchrun, "--", *asked.program]))
     typed = vars(parser.parse_args(shlex.split(line)))
     skipped = {"module", "run_path", "standalone", "training_script", "training_script_args"}
     assert {k: v for k, v in ours.items() if k not in skipped} == {k: v for k, v in typed.items() if k not in skipped}

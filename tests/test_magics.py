@@ -28,7 +28,7 @@ from biokit.launch.notebooks import run_notebook
 from biokit.launch.run import Run
 from biokit.launch.values import read_values
 from biokit.runs import RunFolder
-from tests.kernel import Kernel, list_processes, open_kernel, wait_until
+from tests.kernel import Kernel, count_copies, list_processes, open_kernel, wait_until, write_notebook
 
 ODD = "a b\"c'; touch X # $(touch Y) `touch Z` {x} $x \n end"
 TOKEN = "hf_QwErTy123456"
@@ -252,7 +252,7 @@ def test_values_go_in_and_come_back(kernel: Kernel) -> None:
     )
     folder = folder_of(kernel)
     assert not {"X", "Y", "Z"} & {path.name for path in folder.iterdir()}
-    assert count_copies(folder, TOKEN, "sk-123456") == 0
+    assert count_copies(folder, TOKEN, "sk-123456") == {}
 
 
 FAILS = """%%torchrun --nproc-per-node 2
@@ -334,22 +334,6 @@ def test_a_detached_run_outlives_its_kernel(tmp_path: Path) -> None:
     assert kept.status == "stopped" and list_processes(tmp_path) == []
 
 
-def count_copies(folder: Path, *secrets: str) -> int:
-    """How often a secret stands in the files below a folder."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return sum(path.read_bytes().count(secret.encode()) for path in files for secret in secrets)
-
-
-def write_notebook(path: Path, *sources: str) -> Path:
-    notebook = nbformat.v4.new_notebook(
-        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    )
-    notebook.cells = [nbformat.v4.new_code_cell(source, execution_count=i) for i, source in enumerate(sources, 1)]
-    notebook.cells[0].metadata["tags"] = ["parameters"]
-    nbformat.write(notebook, path)
-    return path
-
-
 def test_papermill_and_nbval_fail_with_the_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     cell = "%%torchrun\nraise ValueError('the rank is cursed')"
@@ -370,5 +354,5 @@ def test_papermill_and_nbval_fail_with_the_cell(tmp_path: Path, monkeypatch: pyt
         "--nbval-current-env",
         str(path),
     ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "1 failed" in done.stdout and "the rank is cursed" in done.stdout

@@ -18,7 +18,7 @@ import pytest
 from biokit.errors import RunError
 from biokit.launch.notebook_files import mask_notebook
 from biokit.launch.notebooks import run_notebook
-from tests.kernel import REPOSITORY, list_processes, wait_until
+from tests.kernel import REPOSITORY, count_copies, list_processes, wait_until, write_notebook
 
 GIVEN, HELD, SHORT = "hf_GivenAsParameter1", "sk-HeldByEnvironment'2", "pw7"
 FINISH = "from biokit.runs import RunFolder; _ = RunFolder(run_dir).update_manifest(status='finished')"
@@ -39,28 +39,6 @@ COUNTS = """import json
 saved = Path(run_dir, "a.ipynb").read_text()
 counts = [saved.count(hf_token), saved.count(os.environ["WANDB_API_KEY"]), len(saved)]
 Path(run_dir, "counts").write_text(json.dumps(counts))"""
-
-
-def write_notebook(path: Path, *sources: str) -> Path:
-    notebook = nbformat.v4.new_notebook(
-        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    )
-    notebook.cells = [nbformat.v4.new_code_cell(source) for source in sources]
-    notebook.cells[0].metadata["tags"] = ["parameters"]
-    nbformat.write(notebook, path)
-    return path
-
-
-def count_copies(folder: Path, *secrets: str) -> dict[str, int]:
-    """Files below a folder that hold a secret, in any of the spellings that JSON and Python have for it."""
-    found = {}
-    for path in folder.rglob("*"):
-        if path.is_file():
-            content = path.read_bytes()
-            spellings = {s for secret in secrets for s in (secret, json.dumps(secret)[1:-1], repr(secret)[1:-1])}
-            if count := sum(content.count(spelling.encode()) for spelling in spellings):
-                found[str(path.relative_to(folder))] = count
-    return found
 
 
 @pytest.fixture

@@ -118,8 +118,9 @@ def test_a_program_that_is_not_python(tmp_path: Path) -> None:
 def test_output_that_torchrun_keeps(tmp_path: Path) -> None:
     life = LifeFolder(tmp_path / "life")
     script = tmp_path / "said.py"
-    script.write_text("print('said')")
-    assert run_rank(life, "--keep-output", str(life.path), str(script), cwd=tmp_path).stdout == "said\n"
+    script.write_text("import os; print('said', os.environ['SOME_TOKEN'])")
+    words = ["--keep-output", str(life.path), str(script)]
+    assert run_rank(life, *words, cwd=tmp_path, SOME_TOKEN="hf_abcdefgh123").stdout == "said ***\n"
     assert not life.output_file(0).exists()
 
 

@@ -1,5 +1,6 @@
 """A key-value store that answers, and one that does not."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -8,7 +9,6 @@ import sys
 import threading
 import time
 
-import psutil
 import pytest
 import torch.distributed as dist
 
@@ -48,6 +48,7 @@ def test_who_does_not_answer_is_not_waited_for_longer_than_asked():
     silent, started = Silent(1), time.monotonic()
     with limited(silent, 0.3, PORT) as store:
         assert store.add("n", 1) == 1
+        threading.Timer(1.5, silent.mended.set).start()  # else the thread would be waited for in vain
         with pytest.raises(SilentStore, match=r"did not answer: wait timeout after 0\.3 s") as caught:
             store.add("n", 1)
     assert 0.3 <= time.monotonic() - started < 5.0
@@ -76,16 +77,14 @@ def test_a_main_process_that_took_the_store_with_it_has_failed():
 
 
 def test_a_connection_that_is_given_up_wakes_who_waits_there():
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_server(("127.0.0.1", 0)) as other:
-        with (
-            socket.create_connection(server.getsockname()) as waits,
-            socket.create_connection(other.getsockname()) as no,
-        ):
-            hang_up(server.getsockname()[1])
-            assert waits.recv(1) == b""
-            no.setblocking(False)
-            with pytest.raises(BlockingIOError):
-                no.recv(1)
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
+        waits, other = [stack.enter_context(socket.create_connection(one.getsockname())) for one in servers]
+        hang_up(servers[0].getsockname()[1])
+        assert waits.recv(1) == b""
+        other.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            other.recv(1)
 
 
 LONELY = """
@@ -99,6 +98,7 @@ with limited(store, 1.0, port) as asked:
     try:
         while True:
             asked.add("n", 1)
+            print("asks", flush=True)
     except SilentStore:
         sys.exit(7)
 """
@@ -108,14 +108,12 @@ def test_a_process_whose_store_is_silent_ends_as_it_wants():
     keeper = CONTEXT.Process(target=keep_store, args=(port := free_port(),))
     keeper.start()
     try:
-        lonely = subprocess.Popen([sys.executable, "-c", LONELY, str(port)], stderr=subprocess.PIPE)
-        with lonely:
-            time.sleep(0.5)
-            while psutil.Process(lonely.pid).num_threads() < 3:  # it asks
-                time.sleep(0.05)
+        words = [sys.executable, "-c", LONELY, str(port)]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as lonely:
+            lonely.stdout.readline()
             os.kill(keeper.pid, signal.SIGSTOP)
-            said = lonely.communicate(timeout=60)[1].decode()
-        assert (lonely.returncode, "terminate called" in said) == (7, False), said
+            said = lonely.communicate(timeout=60)[0]
+        assert (lonely.returncode, "terminate called" in said) == (7, False), said[-3000:]
     finally:
         keeper.kill()
         keeper.join()
@@ -132,7 +130,4 @@ def test_threads_end():
     for _ in range(20):
         with limited(dist.HashStore(), 5.0, PORT) as store:
             store.set("a", "b")
-    end = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < end:
-        time.sleep(0.01)
     assert threading.active_count() <= before

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,6 @@ def test_two_agents(start: Start) -> None:
     assert run.wait() == 1, run.log
     assert [run.output(rank) for rank in (0, 1)] == ["sum 2 of rank 0\n", "sum 2 of rank 1\n"]
     ends = [json.loads(run.folder.life(1).agent_file(node).read_text()) for node in (0, 1)]
-    assert sorted(rank for end in ends for rank in end["ranks"]) == ["0", "1"]
     assert 3 in [code["exit_code"] for end in ends for code in end["ranks"].values()]
 
 
@@ -197,7 +197,8 @@ def test_everything_goes_when_the_owner_is_killed(tmp_path: Path) -> None:
 
 def test_a_stopped_rank_ends_the_life(start: Start) -> None:
     code = "import os, time\nif '/0001' in os.environ['BIOKIT_LIFE']:\n    print('up', flush=True); time.sleep(600)"
-    run = start(code, torchrun=("--nproc-per-node", "2"), max_lives=2, backoff_s=0.1)
+    limits = replace(SHORT, watchdog_s=2.0)
+    run = start(code, limits, torchrun=("--nproc-per-node", "2"), max_lives=2, backoff_s=0.1)
     run.wait_until(lambda: "up" in run.output(0) and "up" in run.output(1))
     pid = json.loads(run.folder.life(1).rank_file(1).read_text())["pid"]
     os.kill(pid, signal.SIGSTOP)

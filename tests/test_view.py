@@ -214,6 +214,26 @@ def test_an_interrupt_stops_the_run_and_a_second_leaves(folder: RunFolder, monke
     assert folder.stop_requested() and len(naps) == 2
 
 
+def test_a_stop_that_a_beginning_training_cleared_is_asked_for_again(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    naps: list[float] = []
+    run = FakeRun(folder)
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 1:
+            raise KeyboardInterrupt
+        if len(naps) == 2:
+            folder.clear_stop()
+        elif folder.stop_requested():
+            run.status = "stopped"
+
+    monkeypatch.setattr(time, "sleep", nap)
+    monkeypatch.setattr("biokit.view.training.LINE_EVERY_S", 0.01)
+    assert follow(run, timeout_s=5).status == "stopped"
+
+
 def test_an_interrupt_leaves_at_once_what_is_not_to_stop(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):

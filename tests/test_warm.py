@@ -176,7 +176,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
 
 
 def run(pool: Pool, code: str, **more: Any) -> CellEnd:
-    return pool.run(Cell(code, next(_names), **more))
+    return pool.run(Cell(code, next(_names), **{"timeout_s": 60.0, **more}))
 
 
 def test_variables_and_process_groups_stay(pool: Pool) -> None:
@@ -207,10 +207,11 @@ def test_what_is_no_python_reaches_no_rank(pool: Pool) -> None:
 
 def test_secrets_are_in_no_file(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_API_KEY", "k-0123456789")
-    end = run(pool, "key = 'k-0123456789'\nassert len(key) == 12, key")
+    code = "key = 'k-0123456789'\nassert len(key) == len(my_token) == 12, (key, my_token)"
+    end = run(pool, code, given={"my_token": "t-9876543210", "plain": 1})
     assert set(end.states.values()) == {"finished"}
     files = [path for path in pool.folder.path.rglob("*") if path.is_file()]
-    assert not [path for path in files if b"k-0123456789" in path.read_bytes()]
+    assert not [path for path in files if any(s in path.read_bytes() for s in (b"k-0123456789", b"t-9876543210"))]
 
 
 def test_a_failing_rank_is_the_cause_and_nobody_loses_variables(pool: Pool) -> None:
@@ -236,6 +237,12 @@ def test_an_interrupt_in_a_collective_keeps_the_ranks(pool: Pool, monkeypatch: p
     end = interrupted(pool, f"{code}dist.broadcast(torch.ones(1), 0) if r else dist.barrier()", monkeypatch)
     assert end.groups_ended and not end.lost and end.failure is None
     assert end.hang is not None and len(end.hang.ranks) == 2
+    assert pool.alive
+
+
+def test_a_signal_from_outside_is_no_success(pool: Pool) -> None:
+    end = run(pool, "if r:\n    os.kill(os.getpid(), 2)\n    time.sleep(5)")
+    assert end.states == {0: "finished", 1: "interrupted"} and end.interrupted and not end.lost
     assert pool.alive
 
 

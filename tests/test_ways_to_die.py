@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ def test_what_is_left_is_counted_and_ended(tmp_path: Path) -> None:
     """The harness itself: a process that lives on is seen, whatever its session, and no other one."""
     trial = Trial(tmp_path)
     command = [sys.executable, "-c", "import time; time.sleep(600)"]
-    left = subprocess.Popen(command, env=trial.environment, start_new_session=True)
+    left = subprocess.Popen(command, env={**os.environ, **trial.variables}, start_new_session=True)
     other = subprocess.Popen(command)
     try:
         trial.check_left(limit_s=0.2)

@@ -4,7 +4,7 @@ A process belongs to a trial when a variable of its environment has the trial's 
 session and its parent are by then. Ranks are plain Python, which starts faster than torch; where they wait for one
 another it is torch that waits.
 
-    python -m tests.ways_to_die FOLDER WAY...      tries these ways; JSON of what was wrong, by way
+    python -m tests.ways_to_die FOLDER WAY...      tries these ways; FOLDER/faults.json: what was wrong, by way
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from typing import Any
 
 import nbformat
 import psutil
-from jupyter_client.manager import KernelManager
 
-MARK = "BIOKIT_TRIAL_MARK"
+from tests.kernel import REPOSITORY, Kernel, open_kernel
+
+MARK, FAULTS = "BIOKIT_TRIAL_MARK", "faults.json"
 LEFT_S = 10.0  # after which nothing may be left
 READY_S = 120.0  # for the ranks of a trial to come up
 REPLY_S = 20.0  # for a cell to end after it was interrupted, or lost its run
 CELL_TIMEOUT_S = 15  # of papermill's cells, where that is the way; on a slow machine the ranks are still coming up
-ROOT = Path(__file__).parents[1]
 
 # what a rank does; {ready} is a path to which it adds its number
 COMING_UP = """
@@ -60,10 +60,10 @@ class Trial:
     num_left: int = 0
 
     @property
-    def environment(self) -> dict[str, str]:
-        """What the first process of the trial gets; all others inherit it."""
-        own = {MARK: self.mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        return {**os.environ, **own, "XDG_STATE_HOME": str(self.folder / "state")}
+    def variables(self) -> dict[str, str]:
+        """What the environment of the first process has beside this one's; all others inherit it."""
+        state = str(self.folder / "state")  # the list of runs
+        return {MARK: self.mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "XDG_STATE_HOME": state}
 
     def ready(self, name: str) -> str:
         """Path of the files by which the ranks of a program say that they are up."""
@@ -112,21 +112,11 @@ def describe(process: psutil.Process) -> str:
         return "(gone)"
 
 
-class Kernel:
-    """A notebook's kernel of this trial."""
+class TrialKernel:
+    """A kernel of a trial, whose cells run while the trial goes on."""
 
-    def __init__(self, trial: Trial) -> None:
-        self.trial = self._first = trial
-        self.manager = KernelManager(kernel_name="python3")
-        self._log = (trial.folder / "kernel.log").open("ab")
-        self.manager.start_kernel(env=trial.environment, cwd=str(trial.folder), stdout=self._log, stderr=self._log)
-        self._connect()
-        self.run("%load_ext biokit")
-
-    def _connect(self) -> None:
-        self.client = self.manager.blocking_client()
-        self.client.start_channels()
-        self.client.wait_for_ready(timeout=60)
+    def __init__(self, trial: Trial, kernel: Kernel) -> None:
+        self.trial, self.manager, self.client = trial, kernel.manager, kernel.client
 
     @property
     def pid(self) -> int:
@@ -165,20 +155,16 @@ class Kernel:
 
     def restart(self) -> None:
         """As the button does."""
-        self.client.stop_channels()
         self.manager.restart_kernel(now=False)
-        self._connect()
+        self.client.wait_for_ready(timeout=READY_S)
 
-    def __enter__(self) -> Kernel:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.client.stop_channels()
-        if self.manager.has_kernel:
-            self.manager.shutdown_kernel(now=True)
-        self.manager.cleanup_resources()
-        self._log.close()
-        self._first.check_left()
+@contextlib.contextmanager
+def trial_kernel(trial: Trial) -> Iterator[TrialKernel]:
+    """A kernel with biokit's magics; nothing of it may be left afterwards."""
+    with open_kernel(trial.folder, **trial.variables) as kernel:
+        yield TrialKernel(trial, kernel)
+    trial.check_left()
 
 
 def cell(trial: Trial, name: str, program: str, magic: str = "%%torchrun --nproc-per-node 2") -> str:
@@ -189,7 +175,7 @@ def cell(trial: Trial, name: str, program: str, magic: str = "%%torchrun --nproc
 # ---- the kernel goes on
 
 
-def interrupt(trial: Trial, kernel: Kernel, program: str = LOOP) -> None:
+def interrupt(trial: Trial, kernel: TrialKernel, program: str = LOOP) -> None:
     """The stop square while the ranks run a program in the foreground; a run in the background goes on."""
     name = secrets.token_hex(4)
     message = kernel.begin(cell(trial, name, program))
@@ -200,17 +186,17 @@ def interrupt(trial: Trial, kernel: Kernel, program: str = LOOP) -> None:
     trial.check_left([kernel.pid])
 
 
-def interrupt_stuck(trial: Trial, kernel: Kernel) -> None:
+def interrupt_stuck(trial: Trial, kernel: TrialKernel) -> None:
     """... while they wait for a rank that never comes."""
     interrupt(trial, kernel, STUCK)
 
 
-def interrupt_deaf(trial: Trial, kernel: Kernel) -> None:
+def interrupt_deaf(trial: Trial, kernel: TrialKernel) -> None:
     """... while they ignore SIGTERM."""
     interrupt(trial, kernel, DEAF)
 
 
-def fail(trial: Trial, kernel: Kernel) -> None:
+def fail(trial: Trial, kernel: TrialKernel) -> None:
     """A rank raises while the other one goes on; in the foreground and in the background."""
     names = [secrets.token_hex(4) for _ in range(2)]
     kernel.run(cell(trial, names[0], FAILS, "%%torchrun --nproc-per-node 2 --bg"))
@@ -220,7 +206,7 @@ def fail(trial: Trial, kernel: Kernel) -> None:
     trial.check_left([kernel.pid])
 
 
-def kill_inside(trial: Trial, kernel: Kernel, module: str) -> None:
+def kill_inside(trial: Trial, kernel: TrialKernel, module: str) -> None:
     """SIGKILL to a part of two runs, one in the background whose ranks ignore SIGTERM, one in the foreground."""
     names = [secrets.token_hex(4) for _ in range(2)]
     kernel.run(cell(trial, names[0], DEAF, "%%torchrun --nproc-per-node 2 --bg"))
@@ -234,17 +220,17 @@ def kill_inside(trial: Trial, kernel: Kernel, module: str) -> None:
     trial.check_left([kernel.pid])
 
 
-def kill_agent(trial: Trial, kernel: Kernel) -> None:
+def kill_agent(trial: Trial, kernel: TrialKernel) -> None:
     """torchrun's agent is killed."""
     kill_inside(trial, kernel, "biokit.launch.agent")
 
 
-def kill_supervisor(trial: Trial, kernel: Kernel) -> None:
+def kill_supervisor(trial: Trial, kernel: TrialKernel) -> None:
     """The supervisor is killed."""
     kill_inside(trial, kernel, "biokit.launch.supervisor")
 
 
-def interrupt_warm(trial: Trial, kernel: Kernel) -> None:
+def interrupt_warm(trial: Trial, kernel: TrialKernel) -> None:
     """The stop square while warm ranks wait for one that never comes; then they are stopped."""
     name = secrets.token_hex(4)
     message = kernel.begin(cell(trial, name, STUCK.replace("time.sleep(600)", "None"), "%%ranks -n 2"))
@@ -258,7 +244,7 @@ def interrupt_warm(trial: Trial, kernel: Kernel) -> None:
 # ---- the kernel ends
 
 
-def begin_all(trial: Trial, kernel: Kernel) -> None:
+def begin_all(trial: Trial, kernel: TrialKernel) -> None:
     """Runs in the background, one of which ignores SIGTERM, warm ranks that do too, and a run in the foreground."""
     kernel.run(cell(trial, "back", LOOP, "%%torchrun --nproc-per-node 2 --bg"))
     kernel.run(cell(trial, "deaf", DEAF, "%%torchrun --nproc-per-node 2 --bg"))
@@ -269,7 +255,7 @@ def begin_all(trial: Trial, kernel: Kernel) -> None:
 
 def kill_kernel(trial: Trial) -> None:
     """SIGKILL to the kernel."""
-    with Kernel(trial) as kernel:
+    with trial_kernel(trial) as kernel:
         begin_all(trial, kernel)
         os.kill(kernel.pid, signal.SIGKILL)
         trial.check_left()
@@ -277,7 +263,7 @@ def kill_kernel(trial: Trial) -> None:
 
 def restart_kernel(trial: Trial) -> None:
     """The kernel is restarted."""
-    with Kernel(trial) as kernel:
+    with trial_kernel(trial) as kernel:
         begin_all(trial, kernel)
         old = kernel.pid
         kernel.restart()
@@ -315,7 +301,7 @@ def running(
         program = subprocess.Popen(
             [sys.executable, "-m", *words],
             cwd=trial.folder,
-            env=trial.environment,
+            env={**os.environ, **trial.variables},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -361,7 +347,7 @@ def time_out(trial: Trial) -> None:
             trial.faults.append("papermill goes on after the time-out")
 
 
-WITH_KERNEL: dict[str, Callable[[Trial, Kernel], None]] = {
+WITH_KERNEL: dict[str, Callable[[Trial, TrialKernel], None]] = {
     "interrupt in a loop": interrupt,
     "interrupt in a collective": interrupt_stuck,
     "interrupt, SIGTERM ignored": interrupt_deaf,
@@ -385,10 +371,12 @@ WAYS = (*WITH_KERNEL, *ALONE)
 def try_ways(ways: Sequence[str], folder: Path) -> dict[str, list[str]]:
     """One trial of each, in a process of their own; what was wrong, by way. Those that spare the kernel share one."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.ways_to_die", str(folder), *ways]  # jupyter_client's loops
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
-    return (
-        json.loads(done.stdout.rpartition("\n")[2]) if done.returncode == 0 else {way: ["it crashed"] for way in ways}
-    )
+    with (folder / "said.log").open("wb") as said:
+        done = subprocess.run(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=said, stderr=said, check=False)
+    if done.returncode:
+        end = (folder / "said.log").read_text(errors="replace")[-2000:]
+        return {way: [f"it crashed: {end}"] for way in ways}
+    return json.loads((folder / FAULTS).read_text())
 
 
 def main(words: Sequence[str]) -> None:
@@ -401,13 +389,13 @@ def main(words: Sequence[str]) -> None:
         faults[way] = trial.faults
     if shared := [way for way in words[1:] if way in WITH_KERNEL]:
         first = Trial(folder)
-        with Kernel(first) as kernel:
+        with trial_kernel(first) as kernel:
             for way in shared:
                 kernel.trial = replace(first, faults=[])
                 WITH_KERNEL[way](kernel.trial, kernel)
                 faults[way] = kernel.trial.faults
         faults[shared[-1]] += first.faults  # the kernel's own end
-    print(json.dumps(faults), end="")
+    (folder / FAULTS).write_text(json.dumps(faults, indent=1) + "\n")
 
 
 if __name__ == "__main__":

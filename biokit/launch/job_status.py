@@ -39,7 +39,7 @@ def status_of_job(folder: RunFolder, job: Job, status: str) -> str:
         return status
     if job.outcome in FINAL_STATES:
         return status if status in FINAL_STATES and job.kind == slurm.TRAIN else job.outcome
-    if status in FINAL_STATES and status != "lost" and _is_of_this_start(folder) and not job.outcome:
+    if status in FINAL_STATES and status != "lost" and _is_of_this_start(folder):
         return status
     state = _look_up(job.job_id)
     if state in slurm.WAITING:

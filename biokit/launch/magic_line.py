@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from biokit.errors import ConfigError
-from biokit.launch.orders import GIVEN, HERE
+from biokit.launch.orders import GIVEN, HERE, SLURM
+from biokit.launch.slurm import choose_placement
 
 CELL = "cell.py"
 HELP = """%torchrun [torchrun's flags] [own flags] script.py [arguments]
@@ -54,12 +55,14 @@ class MagicLine:
     Attributes:
         torchrun: its flags, as its help spells them; without those that the program or the placement stand for.
         program: what each rank runs, as Python takes it; of a cell only its arguments.
+        num_nodes: of a Slurm allocation; 1 where torchrun's flags say where the nodes meet.
         num_ranks: of all nodes.
     """
 
     torchrun: tuple[str, ...] = ()
     program: tuple[str, ...] = ()
     placement: str = HERE
+    num_nodes: int = 1
     num_ranks: int = 1
     out: tuple[str, ...] = ()
     given: tuple[str, ...] = ()
@@ -252,11 +255,12 @@ def _read_torchrun(split: _Split, is_cell: bool) -> dict[str, Any]:
     except (ValueError, RuntimeError) as error:
         raise ConfigError(asked, str(error), "See %torchrun?") from error
     meets = any(name in given or os.environ.get(f"PET_{name.upper()}") for name in _RENDEZVOUS)
-    placement = GIVEN if meets or num_nodes > 1 else HERE
+    here = choose_placement(num_nodes)
+    placement = GIVEN if meets or (num_nodes > 1 and here == HERE) else here
     if options.no_python and (options.module or is_cell):
         what = "a cell" if is_cell else "--module"
         raise ConfigError(asked, f"--no-python and {what} exclude one another", "Leave one of them out")
-    dropped = {"module", "run_path"} | ({"standalone"} if placement == HERE else set())
+    dropped = {"module", "run_path"} | {HERE: {"standalone"}, SLURM: {"standalone", "nnodes"}}.get(placement, set())
     given.setdefault("nproc_per_node", options.nproc_per_node)
     module = ["-m"] if options.module else []
     start = [] if is_cell else [*module, split.program]
@@ -264,6 +268,7 @@ def _read_torchrun(split: _Split, is_cell: bool) -> dict[str, Any]:
         "torchrun": tuple(_spell({name: value for name, value in given.items() if name not in dropped})),
         "program": (*start, *split.arguments),
         "placement": placement,
+        "num_nodes": num_nodes if placement == SLURM else 1,
         "num_ranks": num_local * num_nodes,
     }
 

@@ -128,15 +128,20 @@ def prepare_launch(asked: MagicLine, folder: RunFolder, cell: str | None, names:
 def make_order(asked: MagicLine, folder: RunFolder, is_cell: bool) -> Order:
     """The order that a line stands for."""
     program = cell_words(folder, asked.out, asked.program) if is_cell else asked.program
-    inline = os.environ.get("MPLBACKEND", "").startswith(INLINE)
     return Order(
         "cell" if is_cell else "script",
         program,
         asked.torchrun,
         asked.placement,
+        asked.num_nodes,
         timeout_s=asked.timeout_s or (DETACHED_LIMIT_S if asked.detach else 0.0),
-        environment={"MPLBACKEND": "agg"} if inline else {},
+        environment=drawing_environment(),
     )
+
+
+def drawing_environment() -> dict[str, str]:
+    """What matplotlib needs in other processes than the kernel."""
+    return {"MPLBACKEND": "agg"} if os.environ.get("MPLBACKEND", "").startswith(INLINE) else {}
 
 
 def run_foreground(launch: Launch, asked: MagicLine) -> dict[str, Any]:

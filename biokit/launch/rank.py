@@ -50,6 +50,7 @@ def main(words: Sequence[str]) -> None:
     who = note_start(life, rank)
     if "--keep-output" not in switches:
         redirect_output(life.output_file(rank))
+    sys.stdout, sys.stderr = _open_lines(1), _open_lines(2)
     end_with(parent)
     os.environ[LIFE] = f"{os.getpid()}:{life.path}"
     if "--exec" in switches:
@@ -128,16 +129,16 @@ def _let_the_cause_go_first(error: BaseException) -> None:
 
 
 def redirect_output(path: Path) -> None:
-    """Point standard output and error, of this process and its children, to one file; Python's go by whole lines."""
+    """Point standard output and error, of this process and its children, to one file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for number in (1, 2):
         os.dup2(handle, number)
     os.close(handle)
-    sys.stdout, sys.stderr = _open_lines(1), _open_lines(2)
 
 
 def _open_lines(number: int) -> IO[str]:
+    """A stream for Python's own output: by whole lines, so that those of two processes do not mix, secrets masked."""
     stream = masked_stream(
         os.fdopen(number, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
     )

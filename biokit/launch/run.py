@@ -18,7 +18,7 @@ from biokit.launch import slurm, states
 from biokit.launch.facts import asked_file, describe_run
 from biokit.launch.failed_run import RunFailed, explain_end
 from biokit.launch.job_status import cancel_job, find_job
-from biokit.launch.orders import Order, read_order
+from biokit.launch.orders import SLURM, Order, read_order
 from biokit.launch.started import check_free, find_started, start_order
 from biokit.launch.status import find_supervisor, note_interrupted, read_status
 from biokit.launch.sweeps import task_name
@@ -294,7 +294,8 @@ def start_training(
 
     Args:
         num_processes: on each node.
-        num_nodes: torchrun's agents, each of which takes itself for a node; all of them run on this machine.
+        num_nodes: torchrun's agents, one a node: those of the Slurm allocation that this process is in, where it has as
+            many, else all of them on this machine.
         max_lives: launches in all: a run that failed is started again, and goes on from its newest checkpoint.
         timeout_s: of the whole run; 0: none.
         detach: the run outlives this process; it ends by `stop` or its time limit.
@@ -308,13 +309,15 @@ def start_training(
     from biokit.layouts import find_layout
 
     layout = find_layout(config, num_nodes * num_processes)
-    check_devices(config, num_nodes * num_processes)
+    placement = slurm.choose_placement(num_nodes)
+    check_devices(config, num_processes if placement == SLURM else num_nodes * num_processes)
     folder = RunFolder(config.run_dir)
     check_free(folder)
     order = Order(
         "train",
         ("-m", "biokit", "train", str(asked_file(folder).absolute())),
         () if layout.strategy == "Single" else ("--nproc-per-node", str(num_processes)),
+        placement=placement,
         num_nodes=num_nodes,
         max_lives=max_lives,
         timeout_s=timeout_s,

@@ -18,6 +18,7 @@ from typing import Any
 
 from biokit.errors import EngineError, RunError
 from biokit.launch.agent_file import PARENT
+from biokit.launch.orders import HERE, SLURM
 from biokit.runs import RunFolder, write_atomically
 
 SCRIPT_FILE, JOB_FILE = "job.sbatch", "job.json"
@@ -110,11 +111,9 @@ def submit_script(script: Path) -> str:
     """
     folder = script.parent
     if shutil.which("sbatch") is None:
-        path = shlex.quote(str(folder))
-        copy = f"rsync -a {path}/ HOST:{path}/"
-        do = (
-            f"On a login node that sees the folder: sbatch {path}/{script.name}; where none does, copy it first: {copy}"
-        )
+        path, file = shlex.quote(f"{folder}/"), shlex.quote(str(script))
+        copy = f"rsync -a {path} HOST:{path}"
+        do = f"On a login node that sees the folder: sbatch {file}; where none does, copy it there first: {copy}"
         raise EngineError(f"submit {script}", "sbatch is not on this machine", do)
     answer = ask_slurm(["sbatch", "--parsable", str(script)], "submit the job")
     return answer.strip().splitlines()[-1].split(";")[0]
@@ -179,6 +178,11 @@ def has_nodes(num_nodes: int, environment: Mapping[str, str] = os.environ) -> bo
     given = environment.get("SLURM_JOB_NUM_NODES") or environment.get("SLURM_NNODES") or "0"
     inside = bool(environment.get("SLURM_JOB_ID") and environment.get("SLURM_JOB_NODELIST"))
     return inside and given.isdecimal() and int(given) >= num_nodes and shutil.which("srun") is not None
+
+
+def choose_placement(num_nodes: int) -> str:
+    """Where several nodes' agents go: to the nodes of the allocation that this process is in, else to this machine."""
+    return SLURM if num_nodes > 1 and has_nodes(num_nodes) else HERE
 
 
 def ask_slurm(words: Sequence[str], asked: str, fails: str | None = None) -> str:

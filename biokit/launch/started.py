@@ -14,6 +14,7 @@ from pathlib import Path
 from biokit.errors import RunError
 from biokit.launch.facts import collect_facts
 from biokit.launch.orders import SLURM, Order
+from biokit.launch.slurm import has_nodes
 from biokit.launch.starting import start_supervisor
 from biokit.launch.states import ENDED, read_state
 from biokit.launch.status import is_locked, is_supervised
@@ -44,7 +45,7 @@ def start_order(folder: RunFolder, order: Order, detach: bool, variables: Mappin
     Raises:
         RunError: the folder cannot be made, or a run is alive in it.
     """
-    if order.placement == SLURM:
+    if order.placement == SLURM and not has_nodes(order.num_nodes):
         raise RunError(f"start {folder.path}", "its order is for a Slurm job", "Submit it with `biokit submit`")
     complete = complete_order(folder, order)
     process = start_supervisor(folder, complete, detach=detach, variables=variables)

@@ -12,6 +12,7 @@ import psutil
 
 from biokit.launch.tree import find_process
 from biokit.runs import RunFolder, write_atomically
+from biokit.safe_files import read_object
 
 STARTING, RUNNING, WAITING, ENDED = "starting", "running", "waiting", "ended"
 FINISHED, STOPPED, FAILED, TIMED_OUT, INTERRUPTED = "finished", "stopped", "failed", "timed out", "interrupted"
@@ -83,9 +84,6 @@ def write_state(folder: RunFolder, state: SupervisorState, node: int = 0) -> Non
 
 def read_state(folder: RunFolder, node: int = 0) -> SupervisorState | None:
     """Where the supervisor of a node stands; None: there was none, or it has not come up yet."""
-    try:
-        values = json.loads(folder.supervisor_file(node).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    values = read_object(folder.supervisor_file(node))
     known = {f.name for f in fields(SupervisorState)}
-    return SupervisorState(**{name: value for name, value in values.items() if name in known})
+    return SupervisorState(**{name: value for name, value in values.items() if name in known}) if values else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ def read_value(text: str) -> Any:
         value = json.loads(text, parse_constant=_refuse_constant)
     except ValueError:
         value = parse_override(f"value={text}")[1]
-    return value if _is_plain(value) else text.strip()
+    return value if _is_plain(value) and not _is_misread(text.strip(), value) else text.strip()
 
 
 def split_commas(text: str) -> list[str]:
@@ -96,6 +97,11 @@ def _is_plain(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+def _is_misread(text: str, value: Any) -> bool:
+    """Whether YAML takes for a number what nobody means as one: 010 is 8 to it, 1:30 is 90."""
+    return isinstance(value, (int, float)) and (":" in text or re.match(r"[-+]?0[\d_]", text) is not None)
 
 
 def _refuse_constant(name: str) -> Any:

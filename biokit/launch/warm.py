@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,12 @@ from biokit.launch.started import find_started
 from biokit.launch.tree import end_tree
 from biokit.launch.values import write_values
 from biokit.launch.warm_members import Member, admit, open_door, receive_any
-from biokit.launch.warm_messages import FAILED, write_token
+from biokit.launch.warm_messages import FAILED, INTERRUPTED, write_token
 from biokit.launch.warm_watch import GONE, POLL_S, CellWatch
 from biokit.runs import RunFolder
-from biokit.secrets import mask
+from biokit.secrets import looks_secret, mask
 from biokit.stacks import Hang, save_hang
+from biokit.view.cards import failure_card
 
 START_S = 180.0  # for all ranks to come up
 NOTICE_S = 3.0  # for torchrun to notice that a rank is gone, and end the others
@@ -65,7 +66,7 @@ class CellEnd:
     Attributes:
         states: of each rank: finished, failed, interrupted, gone, or busy (it was ended).
         result: file of the values that rank 0 gave back.
-        interrupted: by the user.
+        interrupted: by the user, or a rank by a signal.
         groups_ended: the process groups were given up, to get a rank out of a collective.
         lost: the pool has been ended, and all variables with it.
         hang: where the ranks stood when the time was up, or before one was got out of a collective.
@@ -88,8 +89,17 @@ class Pool:
         num_cells: that they have been given.
     """
 
-    def __init__(self, folder: RunFolder, num_ranks: int, timeout_s: float = START_S) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        num_ranks: int,
+        environment: Mapping[str, str] | None = None,
+        timeout_s: float = START_S,
+    ) -> None:
         """Start them, and wait until all are there.
+
+        Args:
+            environment: additions to this process's own.
 
         Raises:
             RunFailed: one of them failed while it came up.
@@ -98,22 +108,28 @@ class Pool:
         self.folder, self.num_cells, self.life = folder, 0, 0
         self.members: list[Member] = []
         folder.create()
-        token_file = folder.path / "ranks.token"
-        token_file.unlink(missing_ok=True)
+        token_file = folder.path.absolute() / "ranks.token"
         token = write_token(token_file)
-        with open_door() as (listener, path):
-            program = ("-m", "biokit.launch.warm_rank", str(path), str(token_file.absolute()))
-            start_run(folder, Order("ranks", program, ("--nproc-per-node", str(num_ranks))))
-            atexit.register(self.end)
-            started = find_started(folder)
-            assert started is not None
-            self._supervisor = started.process
-            try:
+        try:
+            with open_door() as (listener, path):
+                program = ("-m", "biokit.launch.warm_rank", str(path), str(token_file))
+                flags = ("--nproc-per-node", str(num_ranks))
+                self._supervisor = self._start(Order("ranks", program, flags, environment=dict(environment or {})))
                 self._wait_for(num_ranks, listener, token, timeout_s)
-            except BaseException:
-                self.end(at_once=True)
-                raise
+        finally:
+            token_file.unlink(missing_ok=True)
         self.life = folder.last_life()
+
+    def _start(self, order: Order) -> subprocess.Popen[bytes]:
+        try:
+            start_run(self.folder, order)
+        except KeyboardInterrupt:
+            self.folder.request_stop()  # heard by a supervisor that is not known here yet
+            raise
+        started = find_started(self.folder)
+        assert started is not None
+        atexit.register(self.end)
+        return started.process
 
     @property
     def alive(self) -> bool:
@@ -135,10 +151,8 @@ class Pool:
         self.num_cells += 1
         folder = RunFolder(self.folder.path / "cells" / f"{self.num_cells:04d}")
         message = self._prepare(cell, folder)
-        for member in self.members:
-            member.send(message)
         watch = CellWatch(self.members, self.folder.life(self.life), lambda: self._supervisor.poll() is None)
-        watch.watch(cell.timeout_s, look)
+        watch.watch(message, cell.timeout_s, look)
         if message["given"]:
             Path(message["given"]).unlink(missing_ok=True)
         return self._judge(watch, folder)
@@ -149,16 +163,19 @@ class Pool:
         compile(code, str(file), "exec", dont_inherit=True)
         folder.life(1).create()
         file.write_text(mask(code), encoding="utf-8", errors="surrogateescape")
+        secret = {name: value for name, value in cell.given.items() if looks_secret(name) and isinstance(value, str)}
+        plain = {name: value for name, value in cell.given.items() if name not in secret}
         given = folder.path / "given.safetensors"
-        if cell.given:
-            write_values(given, cell.given, "--with")
+        if plain:
+            write_values(given, plain, "--with")
         return {
             "do": "run",
             "code": code,
             "file": str(file.absolute()),
             "errors": str(folder.life(1).path.absolute()),  # not of the pool's own life: that goes on
             "printed": str(self.folder.life(self.life).path.absolute()),
-            "given": str(given.absolute()) if cell.given else "",
+            "given": str(given.absolute()) if plain else "",
+            "secrets": secret,  # they are in no file
             "wanted": list(cell.wanted),
             "result": str(folder.result_file.absolute()),
             "environment": self._fresh_rendezvous(),
@@ -175,14 +192,15 @@ class Pool:
             failure = self._find_end(watch.ranks(GONE))
         elif watch.ranks(FAILED) and not watch.interrupted:
             failure = collect_failure(folder, 1)
-            log = self.folder.life(self.life).output_file(failure.causes[0].rank)
+            log = self.folder.life(self.life).output_file(max(0, failure.causes[0].rank))
             failure = replace(failure, life=self.life, logs=str(log), hang=watch.hang)
         if lost:
             self.end(at_once=True)
         if failure is not None:
             save_failure(self.folder, failure)
+        interrupted = watch.interrupted or (failure is None and bool(watch.ranks(INTERRUPTED)))  # or by a signal
         groups_ended = watch.stuck and not lost
-        return CellEnd(watch.states, folder.result_file, watch.interrupted, groups_ended, lost, failure, watch.hang)
+        return CellEnd(watch.states, folder.result_file, interrupted, groups_ended, lost, failure, watch.hang)
 
     def _find_end(self, gone: Sequence[int]) -> Failure:
         """Why processes of the pool ended, as torchrun saw it, or at least that they did."""
@@ -218,17 +236,22 @@ class Pool:
             member.gone = True
 
     def _wait_for(self, num_ranks: int, listener: socket.socket, token: str, timeout_s: float) -> None:
-        end = time.monotonic() + timeout_s
-        while len(self.members) < num_ranks:
-            if self._supervisor.poll() is not None:
-                failure = collect_failure(self.folder, self.folder.last_life())
-                do = f"Mend the cause; all that was said is in {self.folder.path}"
-                raise RunFailed(f"{num_ranks} warm ranks", f"they did not come up: {failure.headline}", do, failure)
-            if time.monotonic() > end:
-                found = f"{len(self.members)} of {num_ranks} ranks came up in {timeout_s:g} s"
-                raise RunError(f"warm ranks in {self.folder.path}", found, "Look at the logs there; start fewer")
-            if member := admit(listener, token, 0.1):
-                self.members.append(member)
+        """Until all have come up; where they do not, those that have are ended."""
+        asked, end = f"{num_ranks} warm ranks in {self.folder.path}", time.monotonic() + timeout_s
+        try:
+            while len(self.members) < num_ranks:
+                if self._supervisor.poll() is not None:
+                    failure = collect_failure(self.folder, self.folder.last_life())
+                    found = f"they did not come up: {failure.headline}\n{failure_card(failure).text}\n"
+                    raise RunFailed(asked, found, "Mend the cause", failure)
+                if time.monotonic() > end:
+                    found = f"{len(self.members)} came up in {timeout_s:g} s"
+                    raise RunError(asked, found, "Look at the logs there; start fewer")
+                if member := admit(listener, token, 0.1):
+                    self.members.append(member)
+        except BaseException:
+            self.end(at_once=True)
+            raise
         self.members.sort(key=lambda member: member.rank)
 
     def _ended_within(self, timeout_s: float) -> bool:

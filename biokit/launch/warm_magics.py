@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import psutil
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class, no_var_expand
 from IPython.display import display
@@ -16,11 +18,12 @@ from biokit.config import RunConfig, config_to_yaml, load_config
 from biokit.errors import ConfigError
 from biokit.launch.failed_run import RunFailed
 from biokit.launch.magic_line import MagicLine, split_words
-from biokit.launch.magics import check_cell, new_folder
+from biokit.launch.magics import check_cell, drawing_environment, new_folder
 from biokit.launch.output import OutputTail
 from biokit.launch.values import read_values
 from biokit.launch.warm import Cell, CellEnd, Pool
 from biokit.runs import RunFolder
+from biokit.secrets import looks_secret
 from biokit.view.cards import failure_card, hang_card
 from biokit.view.table import Table
 
@@ -63,6 +66,9 @@ class WarmMagics(Magics):
             if cell is None:
                 return self._steer(options)
             check_cell(cell, MagicLine(given=options.given), names)
+            if secret := [name for name in options.out if looks_secret(name)]:
+                found = "it looks secret, and would be written to a file"
+                raise ConfigError(f"%%ranks --out {secret[0]}", found, "Use another name")
             pool = self._find_pool(options.num_ranks)
             given = {name: names[name] for name in options.given}
             number = len(self.shell.history_manager.input_hist_parsed) - 1  # of this cell, as the notebook shows it
@@ -147,7 +153,7 @@ class WarmMagics(Magics):
 
     def _start(self, num_ranks: int) -> Pool:
         print(f"starting {num_ranks} warm rank{'s' if num_ranks > 1 else ''}", flush=True)
-        self.pool = Pool(RunFolder(new_folder("ranks")), num_ranks)
+        self.pool = Pool(RunFolder(new_folder("ranks")), num_ranks, drawing_environment())
         self._tail = OutputTail(self.pool.folder, labelled=True)
         return self.pool
 
@@ -187,8 +193,10 @@ def show_ranks(pool: Pool) -> Table:
     """Who the ranks are."""
     rows = []
     for member in pool.members:
-        memory = member.process.memory_info().rss / 2**30
-        rows.append([str(member.rank), str(member.process.pid), member.process.status(), f"{memory:.2f} GiB"])
+        state, memory = "gone", 0.0
+        with contextlib.suppress(psutil.Error):
+            state, memory = member.process.status(), member.process.memory_info().rss / 2**30
+        rows.append([str(member.rank), str(member.process.pid), state, f"{memory:.2f} GiB"])
     return Table(["rank", "process", "state", "memory"], rows)
 
 
@@ -213,7 +221,7 @@ class _Words(argparse.ArgumentParser):
         raise ConfigError(self.prog, message, f"See {self.prog.split()[0].lstrip('%').join(('%', '?'))}")
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
-        return self.parse_args(list(words))
+        return self.parse_intermixed_args(list(words))
 
 
 def _number(text: str) -> int:

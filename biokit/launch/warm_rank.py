@@ -108,6 +108,7 @@ class WarmRank:
         scope = vars(self.module)
         if message["given"]:
             scope.update(read_values(Path(message["given"])))
+        scope.update(message["secrets"])
         value = run_code(message["code"], message["file"], scope)
         if value is not None:
             end_output(self._output(message))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from biokit import stacks
 from biokit.launch.warm_members import Member, receive_any
@@ -39,14 +40,17 @@ class CellWatch:
         self.interrupted = self.stuck = self.given_up = False
         self.hang: Hang | None = None
 
-    def watch(self, timeout_s: float, look: Callable[[], object]) -> None:
+    def watch(self, message: Mapping[str, Any], timeout_s: float, look: Callable[[], object]) -> None:
         """Return when the cell has ended everywhere, or the rest is given up. An interrupt is taken for the cell's.
 
         Args:
+            message: that has them begin.
             timeout_s: 0: none.
             look: called many times a second.
         """
         try:
+            for member in self.members:
+                member.send(message)
             self._wait(timeout_s, look)
         except KeyboardInterrupt:
             self.interrupted = True

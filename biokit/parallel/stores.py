@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 SPARE_S = 1.0  # torch's own limit, where it knows one, comes first
+END_S = 2.0  # that the thread has to end once nobody can answer it any more
 
 
 class SilentStore(RuntimeError):
@@ -34,7 +35,8 @@ class LimitedStore:
         self.limit_s, self.port = limit_s, port
         self._store = store
         self._asked: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._serve, daemon=True, name="biokit-store").start()
+        self._thread = threading.Thread(target=self._serve, daemon=True, name="biokit-store")
+        self._thread.start()
 
     def set(self, key: str, value: str) -> None:
         """Set a key."""
@@ -53,8 +55,9 @@ class LimitedStore:
         return self._ask(lambda: self._store.check(list(keys)))
 
     def close(self) -> None:
-        """Let the thread end."""
+        """End the thread."""
         self._asked.put(None)
+        self._thread.join(END_S)
 
     def _ask(self, call: Callable[[], Any]) -> Any:
         answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -63,6 +66,8 @@ class LimitedStore:
             result, error = answers.get(timeout=self.limit_s + SPARE_S)
         except queue.Empty:
             hang_up(self.port)
+            with contextlib.suppress(queue.Empty):
+                answers.get(timeout=END_S)
             raise SilentStore(f"the key-value store did not answer: wait timeout after {self.limit_s:g} s") from None
         if error is not None:
             raise error

@@ -122,11 +122,9 @@ class RankShape:
 
     def ready_bytes(self, number: int, own: bool = False) -> int:
         """Gradients that the backward pass has made before its number-th instant; `own`: with that layer's."""
-        moments = self.use.backward
-        if not own:
-            return FLOAT_BYTES * moments[number].num_ready
-        following = moments[number + 1 :]
-        return FLOAT_BYTES * following[0].num_ready if following else self.whole
+        moments = self.use.backward[number + own :]
+        # a tied parameter is met in two layers
+        return min(self.whole, FLOAT_BYTES * moments[0].num_ready) if moments else self.whole
 
     def share_bytes(self) -> int:
         """Of the optimizer's largest group, a data rank's part."""

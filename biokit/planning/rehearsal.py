@@ -7,7 +7,7 @@ are run once. `stages` puts the layers of a rank together.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -71,10 +71,11 @@ class LayerUse:
         kept: made by the layer and kept for the backward pass, outputs left out.
         kept_inputs: of which inputs it keeps the tensor itself.
         parts: of each input, what it keeps of it instead (partitioned activations).
+        forward, backward: what the passes cost, backward of all outputs together.
         forward_peak, backward_peak: the most that is alive in the pass, inputs left out; backward with the gradients of
             outputs and inputs, without those of parameters, which are there already.
-        weights: elements of each parameter that the rank holds, in order.
-        gradient_order: numbers of the parameters in the order in which their gradients are ready.
+        weights: elements of each parameter that the rank holds, by its name in the layer.
+        gradient_order: these names in the order in which their gradients are ready.
     """
 
     name: str
@@ -85,13 +86,9 @@ class LayerUse:
     forward_peak: int
     backward_peak: int
     forward: Cost
-    weights: tuple[int, ...] = ()
-    gradient_order: tuple[int, ...] = ()
-
-    @property
-    def backward(self) -> Cost:
-        """Of all outputs."""
-        return sum((output.backward for output in self.outputs), Cost())
+    backward: Cost
+    weights: Mapping[str, int] = field(default_factory=dict)
+    gradient_order: tuple[str, ...] = ()
 
 
 class Rehearsal:
@@ -179,10 +176,10 @@ def _rehearse(
 ) -> LayerUse:
     """Run one layer forward and backward under a watch."""
     layer.train()
-    parameters, order = list(layer.parameters()), list[int]()
-    for number, parameter in enumerate(parameters):
+    parameters, order = dict(layer.named_parameters()), list[str]()
+    for key, parameter in parameters.items():
         parameter.grad = torch.empty_like(parameter)  # as in every micro-batch but a step's first
-        parameter.register_post_accumulate_grad_hook(lambda _, number=number: order.append(number))
+        parameter.register_post_accumulate_grad_hook(lambda _, key=key: order.append(key))
     checkpointed: Any = PartitionedInputs(rank) if rank is not None and rank.inputs_dealt else checkpoint_layer
 
     def forward(carry: Any) -> Any:
@@ -196,12 +193,12 @@ def _rehearse(
     watch = Watch()
     if rank is not None:
         rank.post.watch = watch  # type: ignore[attr-defined]
-    watch.welcome([*layer.buffers(), *(t for p in parameters for t in (p, p.grad) if t is not None)])
+    watch.welcome([*layer.buffers(), *(t for p in parameters.values() for t in (p, p.grad) if t is not None)])
     if isinstance(layer, _Loss):
         watch.welcome([layer.labels])
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), watch:
         warnings.simplefilter("ignore")  # of torch's own, about tensors without storage
-        outputs, cost = _pass_alone(run, carry, watch)
+        outputs, costs = _pass_alone(run, carry, watch)
         parts = tuple(getattr(checkpointed, "parts", ())) or (0,) * len(carry)
         order.clear()
         sizes = _pass_together(run, carry, watch, [output.source for output in outputs])
@@ -214,16 +211,17 @@ def _rehearse(
         parts=parts,
         forward_peak=sizes.forward_peak,
         backward_peak=sizes.backward_peak,
-        forward=cost,
-        weights=tuple(parameter.numel() for parameter in parameters),
+        forward=costs[0],
+        backward=costs[1],
+        weights={key: parameter.numel() for key, parameter in parameters.items()},
         gradient_order=tuple(order),
     )
 
 
 def _pass_alone(
     run: Callable[[Any], tuple[torch.Tensor, ...]], carry: Sequence[Shape], watch: Watch
-) -> tuple[list[Output], Cost]:
-    """A forward pass, its cost, and a backward pass of each output alone, with the graph kept."""
+) -> tuple[list[Output], tuple[Cost, Cost]]:
+    """The outputs, each with a backward pass of its own, and the costs of a forward and of one backward pass."""
     inputs = tuple(shape.make() for shape in carry)
     for given in inputs:
         if given.requires_grad:
@@ -245,7 +243,11 @@ def _pass_alone(
         outputs.append(Output(Shape(tuple(value.shape), value.dtype), source, needs, cost, peak))
         for given in inputs:
             given.grad = None
-    return outputs, forward
+    going = [value for value, output in zip(out, outputs, strict=True) if value.requires_grad and output.source < 0]
+    if len(going) == 1:
+        return outputs, (forward, sum((output.backward for output in outputs), Cost()))
+    torch.autograd.backward(going, [torch.empty_like(value) for value in going])
+    return outputs, (forward, watch.restart())
 
 
 @dataclass

@@ -166,11 +166,11 @@ class _Backward:
             active = passed.union(*(output.needs for output in made))
             if not made:
                 continue
-            self.cost = sum((output.backward for output in made), self.cost)
+            self.cost += made[0].backward if len(made) == 1 else layer.backward
             alive = self.ledger.alive_backward(number, self.gone)
             peak = max(output.retained_peak for output in made) if retain else layer.backward_peak
             self.use.backward.append(Moment(layer.name, "backward", alive + peak, self.num_ready))
-            self.num_ready += 0 if self.times[number] else sum(layer.weights)
+            self.num_ready += 0 if self.times[number] else sum(layer.weights.values())
             self.times[number] += 1
             if not retain:
                 self.gone.add(number)

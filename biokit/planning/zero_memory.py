@@ -79,7 +79,7 @@ def list_zero3_instants(shape: RankShape) -> Instants:
         _bucket(shape),
     ]
     whole = Item("weights", "small parameters, whole", FLOAT_BYTES * sum(n for n in shape.counts if n <= small))
-    large = {layer.name: sum(n for n in layer.weights if n > small) for layer in shape.use.layers}
+    large = {layer.name: sum(n for n in layer.weights.values() if n > small) for layer in shape.use.layers}
     gathered = FLOAT_BYTES * min(sum(large.values()), shape.setting("stage3_max_live_parameters"))
     ahead = FLOAT_BYTES * shape.setting("stage3_prefetch_bucket_size")
     buffer = min(gathered, ahead) * (shape.layout.data > 1)

@@ -40,7 +40,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 def test_everybody_is_told_and_the_run_goes_on(nodes: NodePair, undisturbed: RunFolder, tmp_path: Path) -> None:
-    limit_s = 8.0
+    limit_s = 12.0
     run = LinkedRun(nodes, configure(tmp_path / "run", str(undisturbed.path / "data"), limit_s, STEPS))
     run.reach(CUT_AT)
     nodes.cut()

@@ -13,6 +13,8 @@ import pytest
 
 from biokit.launch import following, slurm
 from biokit.launch.notebooks import trust_notebook
+from biokit.launch.orders import read_order
+from biokit.launch.run import Run
 from biokit.runs import RunFolder
 from tests.slurm import jobs
 from tests.slurm.cluster import Cluster, processes_with, wait_until
@@ -31,6 +33,14 @@ from tests.slurm.jobs import (
 
 NASTY = "a b'c\"d; touch PWNED $(touch PWNED) `touch PWNED`\n#SBATCH --nodes=9\ntouch PWNED"
 TWO_NODES = ("strategy=DDP", "--nodes", "2")
+ON_TWO_NODES = """\
+from biokit.config import load_config
+from biokit.launch.run import start_training
+config = load_config(config, [f"run_dir={run_dir}", "strategy=DDP", f"train.lr={lr}"])
+run = start_training(config, num_nodes=2)
+run.wait(show=False)
+print(f"{run.status} at step {run.folder.read_manifest()['step']}")
+"""
 LOST_S = 60.0  # until Slurm counts a silent node as lost, and has put its job back
 AGAIN_S = 120.0  # Slurm waits 7 s before it starts a requeued job, and the machine may be busy
 
@@ -62,6 +72,7 @@ def test_a_training_on_two_nodes(cluster: Cluster, undisturbed: RunFolder) -> No
     assert {rank["node"] for rank in ranks} == {0, 1}
     wait_for_state(cluster, undisturbed, "COMPLETED")
     assert following.follow_job(undisturbed, queue_s=0.2)[0].ended == "finished"
+    assert Run.attach(undisturbed).status == "finished"
 
 
 def test_an_array_and_its_table(cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +119,7 @@ def test_usr2_saves_and_puts_back(cluster: Cluster, undisturbed: RunFolder, tmp_
     reached = run.read_manifest()["step"]
     assert 15 <= reached < STEPS and reached == run.checkpoint_steps()[-1]
     wait_for_state(cluster, run, "PENDING")
-    assert slurm.is_queued(run)
+    assert slurm.is_queued(run) and Run.attach(run).status == "queued"
     wait_for_outcome(cluster, run, "finished", "failed", timeout_s=AGAIN_S)
     manifest = run.read_manifest()
     assert (job_of(run).outcome, manifest["resumed_from"]) == ("finished", reached), jobs.explain(cluster, run)
@@ -143,3 +154,32 @@ def test_a_lost_node(cluster: Cluster, undisturbed: RunFolder, tmp_path: Path) -
     assert job_of(run).outcome == "finished", jobs.explain(cluster, run)
     assert run.read_manifest()["resumed_from"] >= 10
     assert losses(run) == losses(undisturbed)
+
+
+@pytest.mark.full
+def test_a_notebook_on_two_nodes_is_put_back(cluster: Cluster, undisturbed: RunFolder, tmp_path: Path) -> None:
+    """Its training runs on the allocation's nodes; USR2 reaches it; the notebook begins again, the training goes on."""
+    notebook = write_notebook(tmp_path, write_config(tmp_path), ON_TWO_NODES)
+    run = submit(notebook, "--nodes", "2", "--run-dir", tmp_path / "out")
+    wait_for_step(cluster, run, 15)
+    assert read_order(run).placement == "slurm"
+    cluster.ask("scancel", "--batch", "--signal=USR2", job_of(run).job_id)
+    wait_for_outcome(cluster, run, "requeued", "failed", "finished", timeout_s=40)
+    assert job_of(run).outcome == "requeued", jobs.explain(cluster, run)
+    wait_for_outcome(cluster, run, "finished", "failed", timeout_s=AGAIN_S)
+    assert job_of(run).outcome == "finished", jobs.explain(cluster, run)
+    assert run.read_manifest()["resumed_from"] >= 15 and losses(run) == losses(undisturbed)
+    cells = nbformat.read(run.path / "train.ipynb", as_version=4).cells
+    assert f"finished at step {STEPS}" in "".join(output.get("text", "") for output in cells[-1]["outputs"])
+
+
+@pytest.mark.full
+def test_the_time_limit_itself(cluster: Cluster, tmp_path: Path) -> None:
+    """Slurm's own signal before the limit: saved and back in the queue before the time is up."""
+    run = submit(write_config(tmp_path, train_iters=1_000_000), "--time", "1:00", "--signal-before", "40")
+    wait_for_outcome(cluster, run, "requeued", "failed", timeout_s=100)
+    assert job_of(run).outcome == "requeued", jobs.explain(cluster, run)
+    wait_for_state(cluster, run, "PENDING")
+    assert run.checkpoint_steps()[-1] == run.read_manifest()["step"] == last_step(run)
+    slurm.cancel(job_of(run).job_id)
+    wait_for_state(cluster, run, "CANCELLED")

@@ -1,0 +1,43 @@
+"""Slurm's commands as stand-ins that note the words they are given and answer as they are told."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+STAND_IN = """\
+#!{python}
+import json, os, sys
+with open({log!r}, "a") as log:
+    log.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
+known = json.load(open({answers!r}))
+code, said, error = known.get(os.path.basename(sys.argv[0]), [0, "", ""])
+sys.stdout.write(said)
+sys.stderr.write(error)
+sys.exit(code)
+"""
+
+
+class FakeSlurm:
+    """Commands that note their words and answer as told: `answers["squeue"] = (code, output, error)`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log, self._answers = folder / "said.jsonl", folder / "answers.json"
+        self.answer()
+        (folder / "bin").mkdir()
+        text = STAND_IN.format(python=sys.executable, log=str(self.log), answers=str(self._answers))
+        for name in ("sbatch", "squeue", "scancel", "scontrol", "srun"):
+            (folder / "bin" / name).write_text(text)
+            (folder / "bin" / name).chmod(0o755)
+        self.path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+
+    def answer(self, **answers: tuple[int, str, str]) -> None:
+        """What the commands say from now on."""
+        self._answers.write_text(json.dumps(answers))
+
+    @property
+    def said(self) -> list[list[str]]:
+        """The words of all calls so far."""
+        return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
