@@ -78,14 +78,19 @@ class RankError:
         own = find_own(inner)
         return inner[own].place if own >= 0 else ""
 
-    def __str__(self) -> str:
+    @property
+    def words(self) -> str:
+        """How it ended, without saying who: `failed (cell line 7): ValueError: ...`."""
         first = to_text(self.message.strip().split("\n", 1)[0], MAX_HEADLINE)
         at = f" ({self.place})" if self.place else ""
         if self.lost_peer:
-            return f"{self.who} lost another rank{at}"
+            return f"lost another rank{at}"
         if self.is_signal:
-            return f"{self.who} was ended by {self.kind}" + (f": {first}" if first else "")
-        return f"{self.who} failed{at}: {self.kind}" + (f": {first}" if first else "")
+            return f"was ended by {self.kind}" + (f": {first}" if first else "")
+        return f"failed{at}: {self.kind}" + (f": {first}" if first else "")
+
+    def __str__(self) -> str:
+        return f"{self.who} {self.words}"
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -179,13 +179,18 @@ def _sort_out(ends: Sequence[RankError], hang: Hang | None) -> tuple[list[RankEr
         causes = [one for one in errors if one.time < hang.time]
     elif errors:  # who was ended before anything failed was not ended by the launcher
         first = min(one.time for one in errors)
-        causes = errors + [one for one in ended if one.time < first]
+        causes = errors + [one for one in ended if one.time + _slack_s(one) < first]
     else:
         lost = min((one.time for one in ends if one.is_effect), default=math.inf)
         killed = [one for one in ended if one.time < lost + NOTICED_S]
         causes = sorted(killed or [one for one in ends if one.is_effect] or ends, key=_likelihood)[:1]
     effects = [replace(one, is_effect=True) for one in ends if one not in causes]
     return _by_time(replace(one, is_effect=False) for one in causes), _by_time(effects)
+
+
+def _slack_s(one: RankError) -> float:
+    """torchrun notes ends in whole seconds; a launcher that gives up sends SIGTERM within the second."""
+    return 1.0 if one.kind == "SIGTERM" else 0.0
 
 
 def _likelihood(one: RankError) -> tuple[bool, float, bool, int]:

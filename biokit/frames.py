@@ -84,7 +84,7 @@ def find_own(frames: Iterable[Frame]) -> int:
     for index, frame in enumerate(frames):
         if frame.is_own:
             return index
-        if biokit < 0 and not frame.is_library and not frame.is_starter:
+        if biokit < 0 and frame.file.startswith(PACKAGE) and not frame.is_starter:
             biokit = index
     return biokit
 

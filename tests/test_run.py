@@ -1,13 +1,9 @@
-"""Runs as objects: what a folder says of a run, how it ends, and that four ways to stop a training save it."""
+"""Runs as objects: what they give, how they end, what they are started with."""
 
 from __future__ import annotations
 
 import gc
-import json
-import os
 import pickle
-import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,20 +15,15 @@ from typing import Any
 import psutil
 import pytest
 
-from biokit.checkpoint import load_checkpoint, newest_checkpoint
-from biokit.config import config_to_yaml, load_config
-from biokit.errors import ConfigError, RunError
+from biokit.config import load_config
+from biokit.errors import RunError
 from biokit.failures import Failure, RankError, save_failure
-from biokit.launch import run as run_module
 from biokit.launch import started
-from biokit.launch.facts import read_git
-from biokit.launch.orders import SLURM, Order, read_order, write_order
+from biokit.launch.orders import SLURM, Order, write_order
 from biokit.launch.run import Run, RunFailed, start_run, start_training
-from biokit.launch.status import read_status
 from biokit.runs import MetricsWriter, RunFolder
-from biokit.view.live import LivePanel
 from biokit.view.training import follow
-from tests.small_run import small_config
+from tests.run_folders import interrupt_soon, is_gone, say, wait_until
 
 REPOSITORY = Path(__file__).parents[1]
 CELL = Order("cell", ("cell.py",))
@@ -118,100 +109,11 @@ def start(folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         psutil.Process(worker_of(folder)).kill()
 
 
-def wait_until(condition: Callable[[], Any], timeout_s: float = 30.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "the awaited state did not come"
-        time.sleep(0.02)
-
-
 def worker_of(folder: RunFolder) -> int:
     return int((folder.path / "worker.pid").read_text())
 
 
-def is_gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-
-
-def say(folder: RunFolder, **entries: Any) -> None:
-    """Write what a supervisor says of itself: this process, running its first life, unless told otherwise."""
-    own = {"pid": os.getpid(), "pid_started": psutil.Process().create_time(), "host": socket.gethostname()}
-    said = {"state": "running", "outcome": "", "life": 1, "max_lives": 3, "started": 1.0, "beat": time.time()}
-    folder.supervisor_file().parent.mkdir(exist_ok=True)
-    folder.supervisor_file().write_text(json.dumps(said | own | entries))
-
-
-# what a folder says
-
-
-@pytest.mark.parametrize(
-    ("said", "status"),
-    [
-        ({"state": "starting"}, "starting"),
-        ({}, "running"),
-        ({"state": "waiting", "life": 2}, "waiting for life 3"),
-        ({"state": "ended", "outcome": "finished"}, "finished"),
-        ({"state": "ended", "outcome": "timed out"}, "timed out"),
-        ({"pid": 1999999999}, "lost"),
-        ({"pid_started": 5.0}, "lost"),  # the id is another process's now
-        ({"host": "elsewhere", "pid": 7}, "running"),
-        ({"host": "elsewhere", "beat": time.time() - 31}, "lost"),
-        ({"host": "elsewhere", "beat": time.time() - 31, "state": "ended", "outcome": "failed"}, "failed"),
-    ],
-)
-def test_the_supervisor_says_it_and_is_looked_for(folder: RunFolder, said: dict[str, Any], status: str) -> None:
-    write_order(folder, CELL)
-    say(folder, **said)
-    run = Run.attach(folder.path)
-    assert run.status == status
-    assert run.ended == (status in ("finished", "timed out", "lost", "failed")) == (not run.alive)
-
-
-def test_a_stop_that_is_asked_for_shows_until_the_end(folder: RunFolder) -> None:
-    say(folder)
-    folder.request_stop()
-    assert read_status(folder) == "stopping"
-    say(folder, state="ended", outcome="stopped")
-    assert read_status(folder) == "stopped"
-
-
-def test_a_run_whose_supervisor_has_not_spoken(folder: RunFolder) -> None:
-    write_order(folder, CELL)
-    assert read_status(folder) == "starting"
-    os.utime(folder.launch_file, (1.0, 1.0))
-    assert read_status(folder) == "lost"
-    write_order(folder, Order("train", ("x.py",), placement=SLURM))
-    os.utime(folder.launch_file, (1.0, 1.0))
-    assert read_status(folder) == "queued"
-
-
-def test_a_training_without_a_supervisor(folder: RunFolder) -> None:
-    folder.write_manifest({"status": "running", "step": 0})
-    with folder.lock():
-        assert read_status(folder) == "running"
-        os.utime(folder.manifest_file, (1.0, 1.0))
-        os.utime(folder.path / ".lock", (1.0, 1.0))
-        assert read_status(folder) == "running"  # its lock is held
-        say(folder, state="ended", outcome="failed")
-        assert read_status(folder) == "running"  # by hand, after the supervised run had failed
-        folder.supervisor_file().unlink()
-        folder.request_stop()
-        assert read_status(folder) == "stopping"
-    assert read_status(folder) == "lost"
-    folder.write_manifest({"status": "running", "step": 0})
-    assert read_status(folder) == "stopping"  # it may be on another host: it was heard just now
-    folder.write_manifest({"status": "stopped", "step": 3})
-    assert read_status(folder) == "stopped"
-
-
-def test_a_slow_training_on_another_host_is_not_lost(folder: RunFolder) -> None:
-    folder.write_manifest({"status": "running", "step": 0})
-    lines = [{"step": step, "loss": 1.0, "time": 100.0 * step} for step in range(1, 5)]
-    folder.metrics_file().write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for ago, status in ((900, "running"), (1100, "lost")):
-        for file in (folder.metrics_file(), folder.manifest_file):
-            os.utime(file, (time.time() - ago,) * 2)
-        assert read_status(folder) == status
+# what it gives
 
 
 def test_folders_without_a_run_are_refused(folder: RunFolder, tmp_path: Path) -> None:
@@ -385,13 +287,6 @@ def test_letting_go_of_the_object_ends_nothing(start: Start) -> None:
     assert again.stop(10) == "stopped"
 
 
-def interrupt_soon(after_s: float = 0.3) -> threading.Timer:
-    """A real SIGINT to this process, as a notebook's stop square sends it."""
-    timer = threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    return timer
-
-
 def test_an_interrupt_ends_a_cell_at_once(start: Start) -> None:
     run = start()
     interrupt_soon()
@@ -493,129 +388,9 @@ def test_runs_end_with_the_process_that_started_them(tmp_path: Path, folder: Run
     assert detached.stop(10) == "stopped"
 
 
-def test_what_a_training_is_started_with(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[RunFolder, Order, bool]] = []
-    monkeypatch.setattr(run_module, "start_run", lambda *words: seen.append(words))
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    keys = ["train.device=cpu", "seed=7", f"run_dir={folder.path}"]
-    config = load_config("molbart_mini", keys)
-    start_training(config, timeout_s=9.0, detach=True)
-    ((where, order, detach),) = seen
-    asked = str(folder.logs / "config_asked.yaml")
-    assert (where.path, detach, load_config(asked)) == (folder.path, True, config)
-    assert (order.program, order.torchrun) == (("-m", "biokit", "train", asked), ())
-    assert (order.kind, order.timeout_s, order.max_lives) == ("train", 9.0, 1)
-    assert order.environment == {"TQDM_DISABLE": "1"} and order.facts["layout"]["strategy"] == "Single"
-    two = load_config("molbart_mini", [*keys, "strategy=DDP", "train.micro_batch_size=8"])
-    start_training(two, 1, num_nodes=2, max_lives=3)
-    order = seen[-1][1]
-    assert (order.torchrun, order.num_nodes, order.max_lives) == (("--nproc-per-node", "1"), 2, 3)
-    assert order.environment["OMP_NUM_THREADS"] == "1" and order.facts["layout"]["world_size"] == 2
-
-
-def test_impossible_layouts_start_nothing(tmp_path: Path) -> None:
-    keys = [f"run_dir={tmp_path / 'r'}", "strategy=ThreeD", "parallel.tensor_model_parallel_size=8", "train.device=cpu"]
-    with pytest.raises(ConfigError, match="it does not divide num_attention_heads=4"):
-        start_training(load_config("molbart_mini", keys), 8)
-    assert not (tmp_path / "r").exists()
-
-
 def test_looking_at_runs_costs_no_torch() -> None:
     code = (
         "import sys, biokit.launch.run, biokit.launch.listing, biokit.launch.again, biokit.launch.commands_runs;"
         "sys.exit(bool({'torch', 'matplotlib', 'IPython', 'numpy'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_git_is_asked_and_its_absence_borne(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def git(*words: str) -> None:
-        identity = ["-c", "user.name=n", "-c", "user.email=e"]
-        subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
-
-    git("init")
-    (tmp_path / "a.txt").write_text("one\n")
-    git("add", "a.txt")
-    git("commit", "-m", "first")
-    clean = read_git(tmp_path)
-    assert len(clean["commit"]) == 40 and clean["dirty"] is False
-    (tmp_path / "untracked.txt").write_text("x")
-    assert read_git(tmp_path) == clean
-    (tmp_path / "a.txt").write_text("two\n")
-    two = read_git(tmp_path)
-    (tmp_path / "a.txt").write_text("three\n")
-    assert two["dirty"] and two["changes"] != read_git(tmp_path)["changes"]
-    monkeypatch.setenv("PATH", "")
-    assert read_git(tmp_path) == {}
-
-
-# a training, stopped in four ways
-
-
-def press_the_button(run: Run) -> None:
-    panel = LivePanel(Run.attach(run.folder.path))
-    panel._button.click()
-    assert panel.wait(60) and panel.state.status == "stopped"
-
-
-def touch_the_file(run: Run) -> None:
-    (run.folder.path / "STOP").touch()
-    run.wait(60)
-
-
-def send_a_signal(run: Run) -> None:
-    os.kill(json.loads(run.folder.supervisor_file().read_text())["pid"], signal.SIGTERM)
-    run.wait(60)
-
-
-def interrupt(run: Run) -> None:
-    interrupt_soon()
-    run.wait(60)
-
-
-@pytest.mark.parametrize(
-    ("way", "num_processes"),
-    [
-        (press_the_button, 1),
-        (touch_the_file, 1),
-        (send_a_signal, 1),
-        (interrupt, 1),
-        pytest.param(interrupt, 2, marks=pytest.mark.full),
-    ],
-)
-def test_a_stopped_training_ends_at_a_step_boundary_with_a_checkpoint(
-    way: Callable[[Run], None], num_processes: int, tmp_path: Path
-) -> None:
-    config = small_config(tmp_path, device="cpu", train_iters=100_000, micro_batch_size=4 // num_processes)
-    config.strategy = "Single" if num_processes == 1 else "DDP"
-    run = start_training(config, num_processes, timeout_s=120)
-    wait_until(lambda: len(run.metrics()) > 2, 60)
-    processes = psutil.Process(json.loads(run.folder.supervisor_file().read_text())["pid"]).children(recursive=True)
-    way(run)
-    assert run.status == run.result["status"] == "stopped"
-    step, checkpoint = run.result["step"], newest_checkpoint(run.folder)
-    assert checkpoint == run.folder.checkpoint_dir(step) and run.metrics()[-1]["step"] == step
-    assert load_checkpoint(checkpoint).state["step"] == step
-    assert len(processes) >= num_processes and all(is_gone(process.pid) for process in processes)
-    facts = read_order(run.folder).facts
-    assert facts["versions"]["torch"] and facts["config_hash"] == run.result["config_hash"] and facts["line"]
-
-
-@pytest.mark.full
-def test_a_failing_rank_is_named_and_not_the_others(tmp_path: Path) -> None:
-    config = small_config(tmp_path, device="cpu", micro_batch_size=2)
-    config.strategy, config.data.dataset_path = "DDP", str(tmp_path / "none.csv")
-    run = start_training(config, 2)
-    with pytest.raises(RunFailed, match=r"(?s)rank 0.*none\.csv") as caught:
-        run.wait(120)
-    assert [cause.rank for cause in caught.value.failure.causes] == [0]
-
-
-@pytest.mark.full
-def test_the_time_out_ends_all_and_says_where_the_ranks_stood(tmp_path: Path) -> None:
-    config = small_config(tmp_path, device="cpu", train_iters=100_000)
-    run = start_training(config, timeout_s=5.0)
-    with pytest.raises(RunFailed, match="timed out"):
-        run.wait(60)
-    assert run.hang is not None and [stack.rank for stack in run.hang.ranks] == [0]
-    assert config_to_yaml(config) == (run.folder.logs / "config_asked.yaml").read_text()

@@ -126,9 +126,9 @@ def test_the_dashboard_in_words(folder: RunFolder) -> None:
 
 def test_a_failed_run_says_why(folder: RunFolder) -> None:
     cause = RankError(1, 1.0, "h", "ValueError", "x\x00$^$")
-    save_failure(folder, Failure("rank 1 failed: $^$", (cause,), (), 1))
+    save_failure(folder, Failure("rank 1 failed: $^$ 漢", (cause,), (), 1))
     failed = RunState("failed", 4, 10, 1.5, 0.0)
-    assert show_dashboard(folder, failed).alt.splitlines()[1] == "rank 1 failed: $^$"
+    assert show_dashboard(folder, failed).alt.splitlines()[1] == "rank 1 failed: $^$ 漢"
     running = RunState("running", 4, 10, 1.5, 0.0)  # a new life: that failure is past
     assert "rank 1 failed" not in show_dashboard(folder, running).alt
     folder.failure_file.write_text("{torn")

@@ -76,7 +76,7 @@ class Meeting:
 
     def exchange(self, ask: int = 0) -> None:
         """Read what the others say, and say what is new here; to be called all the time."""
-        self.note = replace(self.note, ask=max(self.note.ask, ask, self._passed_on()))
+        self.note = replace(self.note, ask=max(self.note.ask, ask))
         if self.clock() - self._read_at >= READ_S:
             for node in self.others():
                 self._read(node)
@@ -96,9 +96,6 @@ class Meeting:
         """The nodes in words, with their hosts where these are known."""
         hosts = {node: self.seen[node].host if node in self.seen else "" for node in nodes}
         return ", ".join(f"node {node} ({host})" if host else f"node {node}" for node, host in hosts.items())
-
-    def _passed_on(self) -> int:
-        return 0
 
     def _take_in(self) -> None:
         """Draw conclusions from what was read."""
@@ -178,9 +175,6 @@ class Leader(Meeting):
 
     def _is_present(self, node: int) -> bool:
         return node in self.seen and self.seen[node].heard.get(str(LEADER)) == self.note.word
-
-    def _passed_on(self) -> int:
-        return self.wanted
 
     def _take_in(self) -> None:
         present = self.present()

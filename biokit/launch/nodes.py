@@ -16,7 +16,13 @@ from biokit.launch import states
 from biokit.launch.lives import Life
 from biokit.launch.meeting import LEADER, LOST_S, Follower, Leader, Meeting
 from biokit.launch.orders import Order
-from biokit.launch.rendezvous import first_free_port, find_local_address, network_variables, split_endpoint
+from biokit.launch.rendezvous import (
+    find_local_address,
+    first_free_port,
+    join_endpoint,
+    network_variables,
+    split_endpoint,
+)
 from biokit.launch.supervisor import Ask, Limits, Supervisor, say
 from biokit.launch.watchdog import Watchdog
 from biokit.runs import RunFolder
@@ -113,7 +119,7 @@ class LeadingSupervisor(NodeSupervisor):
     def __init__(self, folder: RunFolder, order: Order, node_rank: int, owner: int, limits: Limits) -> None:
         super().__init__(folder, order, node_rank, owner, limits)
         self.meeting: Leader = Leader(folder, order.num_nodes)
-        self._endpoint = order.endpoint
+        self._host, self._next_port = split_endpoint(order.endpoint)
 
     def _run_lives(self) -> str:
         outcome = states.FAILED
@@ -126,8 +132,9 @@ class LeadingSupervisor(NodeSupervisor):
     def _run_life(self, number: int) -> str:
         if outcome := self._gather():
             return outcome
-        host, port = split_endpoint(self._endpoint)
-        self._place(f"{host}:{first_free_port(port + number - self.state.first_life)}")
+        port = first_free_port(self._next_port)
+        self._next_port = port + 1  # that of the life before may still be in use
+        self._place(join_endpoint(self._host, port))
         self.meeting.open_life(number, self.order.endpoint)
         return super()._run_life(number)
 

@@ -29,6 +29,7 @@ from biokit.view.cards import Card, run_card
 from biokit.view.training import FINAL_STATES, follow, read_state, show_training
 
 if TYPE_CHECKING:
+    from biokit.view.dashboard import Dashboard
     from biokit.view.picture import Picture
 
 __all__ = ["Run", "RunFailed", "start_run", "start_training"]
@@ -171,7 +172,7 @@ class Run:
         """The training curve."""
         return show_training(self, scale=scale)
 
-    def dashboard(self) -> Any:
+    def dashboard(self) -> Dashboard:
         """Curves, the ranks' step times and memory, and a stop button; it follows the run to its end."""
         from biokit.view.dashboard import Dashboard
 

@@ -14,7 +14,7 @@ from biokit.config import RunConfig
 from biokit.exchange.source import Blueprint
 from biokit.parallel.cuts import cut_tensor
 from biokit.parallel.deepspeed_config import effective_config, read_user_config
-from biokit.parallel.grid import STAGED, ZERO_STAGE, Layout
+from biokit.parallel.grid import STAGED, ZERO_STAGE, Layout, balance_layers
 from biokit.planning.parts import RankShape, count_groups
 from biokit.planning.rehearsal import LayerUse, Rehearsal, Shape
 from biokit.planning.stages import StageUse, use_stage
@@ -163,8 +163,11 @@ class Job:
         return 4 * sum(self._cut(name, layout.tensor).numel() for name in shared)
 
     def _bounds(self, num_stages: int) -> list[int]:
+        """Positions of the layers at which stages begin, and the end: as `ModelParts.stage_bounds`."""
         if num_stages not in self._stage_bounds:
-            self._stage_bounds[num_stages] = self.blueprint.parts.stage_bounds(num_stages)
+            layers = self.blueprint.layers.values()
+            costs = [sum(self.blueprint.template[name].numel() for name in names) for names in layers]
+            self._stage_bounds[num_stages] = balance_layers(costs, num_stages)
         return self._stage_bounds[num_stages]
 
     def _inputs(self, case: Case, layers: list[LayerUse], first: int) -> tuple[Shape, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -102,28 +103,43 @@ class Rehearsal:
     def __init__(self, config: RunConfig, vocab_size: int, kind: str, length: int = 0) -> None:
         self.config, self.kind, self.blueprint = config, kind, Blueprint(config, vocab_size)
         self.length = length or config.data.max_length
-        self._done: dict[Any, LayerUse] = {}
+        self._layers: dict[Any, LayerUse] = {}
+        self._models: dict[Any, list[LayerUse]] = {}
 
     def layers(self, micro_batch_size: int, tensor: int, recompute: bool) -> list[LayerUse]:
         """Every layer in order, the loss last, of the last one of `tensor` ranks."""
-        config, parts = self.config, self.blueprint.parts
-        kernels = DeviceKernels(self.kind, PRECISIONS[config.train.precision])
+        asked = micro_batch_size, tensor, recompute
+        if asked not in self._models:
+            self._models[asked] = self._rehearse_model(*asked)
+        return self._models[asked]
+
+    def _rehearse_model(self, micro_batch_size: int, tensor: int, recompute: bool) -> list[LayerUse]:
+        parts = self.blueprint.parts
+        kernels = DeviceKernels(self.kind, PRECISIONS[self.config.train.precision])
         carry: tuple[Shape, ...] = (Shape((micro_batch_size, self.length), torch.int64),) * (len(parts.batch_keys) - 1)
         labels, uses = carry[0], list[LayerUse]()
         for position, (name, build) in enumerate(parts.layers):
-            with torch.device("meta"):
-                layer = build()
-            key = (tensor, recompute, carry, *_describe(layer, name, position == 0))
-            if key not in self._done:
+            key = tensor, recompute, carry, self._descriptions[position]
+            if key not in self._layers:
                 rank = self._rank(kernels, tensor)
+                with torch.device("meta"):
+                    layer = build()
                 if rank is not None:
                     layer = cut_layer(layer, name, parts.plan, rank, position == 0)
-                self._done[key] = _rehearse(name, layer, carry, recompute, kernels, rank)
-            uses.append(replace(self._done[key], name=name))
+                self._layers[key] = _rehearse(name, layer, carry, recompute, kernels, rank)
+            uses.append(replace(self._layers[key], name=name))
             carry = tuple(output.shape for output in uses[-1].outputs)
         rank = self._rank(kernels, tensor)
-        uses.append(_rehearse(LOSS, _Loss(labels, rank), carry, False, kernels, rank))
-        return uses
+        return [*uses, _rehearse(LOSS, _Loss(labels, rank), carry, False, kernels, rank)]
+
+    @cached_property
+    def _descriptions(self) -> list[Any]:
+        """Of each layer; equal where they do the same."""
+        with torch.device("meta"):
+            return [
+                _describe(build(), name, position == 0)
+                for position, (name, build) in enumerate(self.blueprint.parts.layers)
+            ]
 
     def _rank(self, kernels: DeviceKernels, tensor: int) -> TensorRank | None:
         parallel = self.config.parallel

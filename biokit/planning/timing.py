@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from biokit.parallel.grid import STAGED, ZERO_STAGE, Layout
+from biokit.parallel.grid import ZERO_STAGE, Layout
 from biokit.planning.communication import (
     GRADIENTS,
     PASSES,
@@ -32,8 +32,7 @@ from biokit.planning.watching import Cost
 ADAMW_BYTES = 28  # an element: weight, gradient and moments read, all but the gradient written
 CLIP_BYTES = 12  # the gradient read for the norm, read and written for the scale
 ZERO_COPY_BYTES = 16  # the gradient flattened once more, the weight copied back
-PARTS = ("compute", "tensor", "pipeline", "bubble", "data", "update")
-UPDATE, SEND = "update", "send gradients"
+UPDATE, SEND = "update", "gradients and weights"
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,11 @@ class Machine:
         """Of one message among the ranks of a group."""
         size = group_size(layout, group)
         inside, rate = self._find_link(layout, group)
-        share = {"all_reduce": 2 * (size - 1) / size, "all_gather": (size - 1) / size, "reduce_scatter": (size - 1) / size}
+        share = {
+            "all_reduce": 2 * (size - 1) / size,
+            "all_gather": (size - 1) / size,
+            "reduce_scatter": (size - 1) / size,
+        }
         hops = {"all_reduce": 2 * math.ceil(math.log2(size)), "send": 1, "recv": 1}
         latency = HOP_S[inside] * hops.get(kind, math.ceil(math.log2(size)))
         return latency + share.get(kind, 1.0) * nbytes / (rate * 1e9 * LINK_SHARE)
@@ -107,7 +110,6 @@ def estimate_step(job: Job, case: Case, machine: Machine) -> StepTime:
     """The time of a step."""
     layout, precision = case.layout, job.config.train.precision
     stages = range(layout.pipeline)
-    traffic = [list_traffic(job, case, stage) for stage in stages]
     times, computing, tensor = [], [], []
     for stage, use in enumerate(job.stage_uses(case)):
         seconds = [machine.compute_s(cost, precision) for cost in use.costs]
@@ -119,10 +121,10 @@ def estimate_step(job: Job, case: Case, machine: Machine) -> StepTime:
     spans = play(times, case.num_micros)
     length = max(span.end for span in spans)
     slowest = max(stages, key=lambda stage: computing[stage] + tensor[stage])
-    shape = job.rank_shape(case, slowest)
+    shape, traffic = job.rank_shape(case, slowest), list_traffic(job, case, slowest)
     passes = case.num_micros * (computing[slowest] + tensor[slowest])
     handing = sum(s.end - s.start for s in spans if s.stage == slowest and s.what not in (FORWARD, BACKWARD))
-    data, hidden, ends = _data_s(shape, case, traffic[slowest], times[slowest], machine)
+    data, hidden = _data_s(shape, case.num_micros, traffic, times[slowest], machine)
     update = max(_update_s(job.rank_shape(case, stage), machine) for stage in stages)
     parts = {
         "compute": case.num_micros * computing[slowest],
@@ -138,7 +140,7 @@ def estimate_step(job: Job, case: Case, machine: Machine) -> StepTime:
         hidden,
         bubble_share=(num_stages - 1) / (num_micros + num_stages - 1),
         idle=idle_share(spans, num_stages),
-        spans=[*spans, *_closing_spans(stages, length, ends, data, update)],
+        spans=[*spans, *_closing_spans(stages, length, data, update)],
     )
 
 
@@ -161,27 +163,25 @@ def _hand_over_s(carry: Iterable[Shape], layout: Layout, machine: Machine) -> tu
 
 
 def _data_s(
-    shape: RankShape, case: Case, traffic: Sequence[Traffic], times: StageTimes, machine: Machine
-) -> tuple[float, float, float]:
-    """Messages over the data ranks: (seconds that are not hidden, that are, of these behind the last micro-batch)."""
-    layout, num_micros = case.layout, case.num_micros
+    shape: RankShape, num_micros: int, traffic: Sequence[Traffic], times: StageTimes, machine: Machine
+) -> tuple[float, float]:
+    """Gradients and weights over the data ranks: seconds that computing does not hide, and those that it does."""
+    layout, stage = shape.layout, ZERO_STAGE.get(shape.layout.strategy, 0)
     sums, last = dict.fromkeys((PASSES, GRADIENTS, WEIGHTS), 0.0), 0.0
     for one in traffic:
-        if one.group in ("data", "pipeline") and one.when in sums and not (one.group == "pipeline" and one.when == PASSES):
+        if one.when in sums and (one.group == "data" or one.when == GRADIENTS):
             took = machine.message_s(one.kind, one.nbytes, layout, one.group)
             sums[one.when] += one.num_messages * took
             last = took if one.when == GRADIENTS else last
-    stage = ZERO_STAGE.get(layout.strategy, 0)
-    num_sent = num_micros if stage >= 2 else 1  # times that all gradients are sent
-    hides = layout.strategy == "DDP" or shape.overlap or (stage == 3 and shape.overlap)
-    room = times.backward if hides and layout.strategy not in STAGED else 0.0
-    gradients = max(sums[GRADIENTS] - num_sent * room, min(last, sums[GRADIENTS]))
-    gathers = max(0.0, sums[PASSES] - num_micros * times.forward * hides)
-    if layout.strategy == "ZeroInf":
-        share = shape.whole / layout.data
-        gathers += machine.host_s(share * num_micros) + machine.host_s(share)  # weights come, gradients go
+    hides = layout.strategy == "DDP" or shape.overlap
+    num_sent = num_micros if stage >= 2 else 1  # times that all gradients are sent in a step
+    gradients = max(sums[GRADIENTS] - hides * num_sent * times.backward, last)  # nothing hides the last bucket
+    gathers = max(0.0, sums[PASSES] - hides * num_micros * times.forward)
     exposed = gradients + gathers + sums[WEIGHTS]
-    return exposed, sum(sums.values()) - gradients - max(0.0, min(gathers, sums[PASSES])) - sums[WEIGHTS], exposed
+    hidden = sum(sums.values()) - exposed
+    if layout.strategy == "ZeroInf":  # for every micro-batch its weights come, once a step its gradients go
+        exposed += machine.host_s(shape.whole / layout.data * (num_micros + 1))
+    return exposed, hidden
 
 
 def _update_s(shape: RankShape, machine: Machine) -> float:
@@ -193,7 +193,7 @@ def _update_s(shape: RankShape, machine: Machine) -> float:
     return machine.host_s(nbytes) if shape.layout.strategy == "ZeroInf" else machine.memory_s(nbytes)
 
 
-def _closing_spans(stages: Iterable[int], length: float, ends: float, data: float, update: float) -> list[Span]:
+def _closing_spans(stages: Iterable[int], length: float, data: float, update: float) -> list[Span]:
     spans = []
     for stage in stages:
         spans.append(Span(stage, SEND, -1, length, length + data))

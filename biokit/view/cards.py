@@ -61,15 +61,14 @@ def failure_card(failure: Failure) -> Card:
     """Why a run failed: the root cause first, with its traceback; effects a line each."""
     quiet = " · ".join(_about_failure(failure))
     html, text = ([_quiet(quiet)], [_indent(quiet)]) if quiet else ([], [])
-    for number, cause in enumerate(failure.causes):
-        if number:
-            html.append(_fold(f"It failed by itself too: {cause}", _pre(_tell(cause))))
-            text.append(_indent(f"It failed by itself too: {cause}"))
-        else:
-            html += _show_root(cause)
-            if cause.frames or not cause.is_signal:
-                text.append(_indent(_plain(_tell(cause, short=True)), keep=True))
-            text += [_indent(_say_link(link)) for link in cause.chain]
+    for root in failure.causes[:1]:
+        html += _show_root(root)
+        if root.frames or not root.is_signal:
+            text.append(_indent(_plain(_tell(root, short=True)), keep=True))
+        text += [_indent(_say_link(link)) for link in root.chain]
+    for words, cause in _group_causes(failure.causes):
+        html.append(_fold(words, _pre(_tell(cause))) if cause is not failure.causes[0] else _quiet(words))
+        text.append(_indent(words))
     if failure.hang is not None:
         html += _show_hang(failure.hang)
         text += _tell_hang(failure.hang)
@@ -142,6 +141,18 @@ def _show_root(cause: RankError) -> Iterable[str]:
         yield _fold(_say_link(link), _pre(_stack(link.frames, f"{link.kind}: {link.message}")))
 
 
+def _group_causes(causes: Sequence[RankError]) -> Iterable[tuple[str, RankError]]:
+    """(words, one of them) for the causes beside the root, those that are alike together; of the root's kind: it."""
+    groups: dict[tuple[str, str, str], list[RankError]] = {}
+    for one in causes:
+        groups.setdefault((one.kind, one.message, one.place), []).append(one)
+    for number, alike in enumerate(groups.values()):
+        others = alike if number else alike[1:]
+        if others:
+            what = f"by {'themselves' if len(others) > 1 else 'itself'}: {alike[0].words}" if number else "alike"
+            yield f"{name_ranks(sorted(one.rank for one in others))} failed too, {what}", alike[0]
+
+
 def _say_link(link: Link) -> str:
     first = link.message.split("\n", 1)[0]
     return f"Before it ({link.relation}): {link.kind}{f': {first}' if first else ''}"
@@ -185,7 +196,7 @@ def _say_effects(effects: Sequence[RankError]) -> list[str]:
     """A line for each kind of effect."""
     groups: dict[str, list[int]] = {}
     for one in effects:
-        groups.setdefault(str(one).removeprefix(one.who).strip(), []).append(one.rank)
+        groups.setdefault(one.words, []).append(one.rank)
     lines = [f"{name_ranks(sorted(ranks))} {words}" for words, ranks in groups.items()]
     left_out = len(lines) - MAX_EFFECTS
     return lines[:MAX_EFFECTS] + ([f"... and {left_out} more"] if left_out > 0 else [])

@@ -49,9 +49,10 @@ def run_drill(trials: int, seed: int) -> Outcome:
             reference = start(scratch / "reference")
             wait_for_outcome(cluster, reference, "finished", timeout_s=JOB_S)
             for number in range(trials):
-                faults, again = run_trial(cluster, scratch / f"trial_{number}", reference, rng)
+                node = NODES[number % len(NODES)] if trials > 1 else rng.choice(NODES)
+                faults, again = run_trial(cluster, scratch / f"trial_{number}", reference, node, rng)
                 failed, redone = failed + bool(faults), max(redone, again)
-                print(f"{NAME} {number + 1}/{trials}: {'; '.join(faults) or 'bitwise equal'}", flush=True)
+                print(f"{NAME} {number + 1}/{trials}, {node}: {'; '.join(faults) or 'bitwise equal'}", flush=True)
     finally:
         os.environ.clear()
         os.environ |= before
@@ -65,10 +66,11 @@ def start(folder: Path) -> RunFolder:
     return submit(write_config(folder, save_interval=SAVE_INTERVAL), "strategy=DDP", "--nodes", "2")
 
 
-def run_trial(cluster: Cluster, folder: Path, reference: RunFolder, rng: random.Random) -> tuple[list[str], int]:
+def run_trial(
+    cluster: Cluster, folder: Path, reference: RunFolder, node: str, rng: random.Random
+) -> tuple[list[str], int]:
     """One job that loses a node; (what is wrong, steps done again)."""
-    node, aim = rng.choice(NODES), rng.randrange(SAVE_INTERVAL + 1, STEPS - 20)
-    run = start(folder)
+    aim, run = rng.randrange(SAVE_INTERVAL + 1, STEPS - 20), start(folder)
     job_id = job_of(run).job_id
     try:
         wait_for_step(cluster, run, aim)
@@ -79,9 +81,9 @@ def run_trial(cluster: Cluster, folder: Path, reference: RunFolder, rng: random.
         outcome = wait_for_outcome(cluster, run, "finished", "failed", timeout_s=JOB_S).outcome
     except AssertionError as error:
         cluster.ask("scancel", job_id, check=False)
-        return [f"{node}: {error}"], 0
+        return [str(error)], 0
     if outcome != "finished":
-        return [f"{node}: the job {outcome}: {explain(cluster, run)}"], 0
+        return [f"the job {outcome}: {explain(cluster, run)}"], 0
     faults = [] if losses(run) == losses(reference) else ["the loss curve differs from the undisturbed one"]
     faults += [] if weights(run) == weights(reference) else ["the last weights differ from the undisturbed ones"]
     try:

@@ -13,7 +13,7 @@ from tests.drills.kill_and_resume import losses
 from tests.namespaces.linked import MARGIN_S, LinkedRun, configure
 from tests.namespaces.pair import HOSTS, NodePair, missing_parts
 
-STEPS, CUT_AT = 150, 40
+STEPS, CUT_AT = 80, 25
 pytestmark = pytest.mark.full
 
 

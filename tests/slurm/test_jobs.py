@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,6 +141,32 @@ def test_scancel_leaves_nothing(cluster: Cluster, tmp_path: Path, epilog: bool) 
     time.sleep(1.0)
     assert processes_with("SLURM_JOB_ID", job_id) == []
     assert job_of(run).outcome in ("", "stopped", "interrupted")  # "": killed after KillWait; never put back
+
+
+@pytest.mark.full
+def test_a_killed_rank(cluster: Cluster, undisturbed: RunFolder, tmp_path: Path) -> None:
+    """The supervisor starts the next life itself, on the same nodes and at another port; the job stays."""
+    run = submit(write_config(tmp_path), *TWO_NODES, "--lives", "3")
+    wait_for_step(cluster, run, 15)
+    os.kill(json.loads(run.life(1).rank_file(1).read_text())["pid"], signal.SIGKILL)
+    wait_for_outcome(cluster, run, "finished", "failed", timeout_s=AGAIN_S)
+    assert job_of(run).outcome == "finished", jobs.explain(cluster, run)
+    assert run.last_life() == 2 and run.read_manifest()["resumed_from"] >= 10
+    assert losses(run) == losses(undisturbed)
+    assert "put back 0 times" in (run.logs / f"slurm-{job_of(run).job_id}.out").read_text()
+
+
+@pytest.mark.full
+def test_a_killed_srun(cluster: Cluster, undisturbed: RunFolder, tmp_path: Path) -> None:
+    """It tells nobody, and its tasks hold the run: the nodes end them, for the supervisor's file says that it went on."""
+    run = submit(write_config(tmp_path), *TWO_NODES, "--lives", "2")
+    wait_for_step(cluster, run, 15)
+    for process in processes_with("SLURM_JOB_ID", job_of(run).job_id):
+        if process.name() == "srun":
+            process.kill()
+    wait_for_outcome(cluster, run, "finished", "failed", timeout_s=AGAIN_S)
+    assert job_of(run).outcome == "finished", jobs.explain(cluster, run)
+    assert run.last_life() == 2 and losses(run) == losses(undisturbed)
 
 
 @pytest.mark.full

@@ -1,0 +1,215 @@
+"""The plan of a run: every layout of so many devices, what it needs and how long its step takes, the best first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from biokit.config import RunConfig
+from biokit.errors import ConfigError
+from biokit.planning.candidates import global_batch_size, list_cases
+from biokit.planning.communication import Traffic, list_traffic
+from biokit.planning.devices import Device
+from biokit.planning.holdings import read_vocab_size
+from biokit.planning.jobs import Case, Job
+from biokit.planning.memory import find_peak
+from biokit.planning.parts import Instant
+from biokit.planning.timing import Machine, StepTime, estimate_step
+
+GIB = 2**30
+RESERVE_GIB = {"cuda": 4.0, "cpu": 0.0}  # for the CUDA context, NCCL's buffers and the allocator's gaps
+MOST_GPUS = 8  # times as many devices are tried where no layout fits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout's need and time.
+
+    Attributes:
+        peaks: the fullest instant of each pipeline stage.
+    """
+
+    job: Job
+    case: Case
+    machine: Machine
+    peaks: Sequence[Instant]
+    limit: float
+
+    @property
+    def worst_stage(self) -> int:
+        """The stage whose ranks need most."""
+        return max(range(len(self.peaks)), key=lambda stage: self.peaks[stage].total)
+
+    @property
+    def peak(self) -> Instant:
+        """Of the fullest rank."""
+        return self.peaks[self.worst_stage]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the fullest rank stays below the limit."""
+        return self.peak.total <= self.limit
+
+    @cached_property
+    def step(self) -> StepTime:
+        """The estimated time of a step."""
+        return estimate_step(self.job, self.case, self.machine)
+
+    @cached_property
+    def traffic(self) -> list[list[Traffic]]:
+        """Messages of a rank in a step, by pipeline stage."""
+        return [list_traffic(self.job, self.case, stage) for stage in range(self.case.layout.pipeline)]
+
+    def __str__(self) -> str:
+        return f"{self.case.layout}{' with recompute' if self.case.recompute else ''}"
+
+
+@dataclass(frozen=True)
+class PlanTable:
+    """All layouts of a run.
+
+    Attributes:
+        plans: those that fit, fastest first.
+        too_large: those that do not, the one that needs least first.
+        memory_gib: of a device; of which `reserve_gib` are not planned with.
+    """
+
+    job: Job
+    machine: Machine
+    num_gpus: int
+    memory_gib: float
+    reserve_gib: float
+    plans: Sequence[Plan]
+    too_large: Sequence[Plan]
+
+    @property
+    def best(self) -> Plan:
+        """The fastest that fits."""
+        return self.plans[0]
+
+    @property
+    def limit(self) -> float:
+        """Bytes that a rank may have."""
+        return (self.memory_gib - self.reserve_gib) * GIB
+
+    def __str__(self) -> str:
+        from biokit.planning.report import write_report
+
+        return write_report(self)
+
+    __repr__ = __str__
+
+
+def plan_run(
+    config: RunConfig,
+    num_gpus: int,
+    device: Device,
+    *,
+    memory_gib: float = 0.0,
+    gpus_per_node: int = 8,
+    vocab_size: int = 0,
+    length: int = 0,
+    reserve_gib: float = -1.0,
+) -> PlanTable:
+    """Plan a configuration's training on so many devices; starts nothing.
+
+    Args:
+        memory_gib: of each device; 0: the device's own.
+        vocab_size: 0: of `data.vocab_file`, or of the packaged vocabulary.
+        length: tokens of every sequence; 0: `data.max_length`, the most that a batch can have.
+        reserve_gib: left to the driver and the libraries; below 0: RESERVE_GIB.
+
+    Raises:
+        ConfigError: sizes that do not fit one another, or no layout that fits; says what would help.
+    """
+    per_node = _check_sizes(config, num_gpus, gpus_per_node, length)
+    reserve = RESERVE_GIB[device.kind] if reserve_gib < 0 else reserve_gib
+    memory = memory_gib or device.memory_gib
+    if memory <= reserve:
+        found = f"{reserve:g} GiB of it are left to the driver and the libraries"
+        raise ConfigError(f"GPU memory {memory:g} GiB", found, "Give more, or a smaller --reserve")
+    job = Job(config, vocab_size or read_vocab_size(config), device.kind, length)
+    machine, limit = Machine(device, per_node), (memory - reserve) * GIB
+    found_plans = _make_plans(job, machine, list_cases(job, num_gpus), limit)
+    fitting = sorted((plan for plan in found_plans if plan.fits), key=lambda plan: plan.step.total)
+    if not fitting:
+        raise _no_fit(job, machine, num_gpus, found_plans, limit)
+    too_large = sorted((plan for plan in found_plans if not plan.fits), key=lambda plan: plan.peak.total)
+    return PlanTable(job, machine, num_gpus, memory, reserve, fitting, too_large)
+
+
+def _make_plans(job: Job, machine: Machine, cases: Sequence[Case], limit: float) -> list[Plan]:
+    return [
+        Plan(job, case, machine, [find_peak(job.rank_shape(case, s)) for s in range(case.layout.pipeline)], limit)
+        for case in cases
+    ]
+
+
+def _check_sizes(config: RunConfig, num_gpus: int, gpus_per_node: int, length: int) -> int:
+    """Devices that stand in a node.
+
+    Raises:
+        ConfigError: a number that cannot be.
+    """
+    if num_gpus < 1 or gpus_per_node < 1:
+        asked = f"{num_gpus} GPUs, {gpus_per_node} a node"
+        raise ConfigError(asked, "there must be one at least", "Give positive numbers")
+    if num_gpus > gpus_per_node and num_gpus % gpus_per_node:
+        near = -(-num_gpus // gpus_per_node) * gpus_per_node
+        found = f"they do not fill nodes of {gpus_per_node}"
+        raise ConfigError(f"{num_gpus} GPUs", found, f"Give a multiple, e.g. {near}, or another --gpus-per-node")
+    if length > config.data.max_length or length < 0:
+        found = f"the model has positions for data.max_length={config.data.max_length}"
+        raise ConfigError(f"sequences of {length} tokens", found, f"Give 1 to {config.data.max_length}")
+    return min(num_gpus, gpus_per_node)
+
+
+def _no_fit(job: Job, machine: Machine, num_gpus: int, plans: Sequence[Plan], limit: float) -> ConfigError:
+    """What the least one needs, and what would help: a smaller micro-batch, more devices."""
+    least = min(plans, key=lambda plan: plan.peak.total)
+    parts = least.peak.parts()
+    largest = max(parts, key=lambda part: parts[part])
+    found = (
+        f"no layout fits into {limit / GIB:.1f} GiB a rank: the least, {least} with micro-batches of "
+        f"{least.case.micro_batch_size}, needs {least.peak.total / GIB:.1f} GiB, of which {parts[largest] / GIB:.1f} "
+        f"are {largest}"
+    )
+    helps = [f"a device of {least.peak.total / GIB + 1:.0f} GiB and more"]
+    smaller = _try_micro_batches(job, machine, num_gpus, max(plan.case.micro_batch_size for plan in plans), limit)
+    if smaller:
+        helps.insert(0, f"train.micro_batch_size={smaller.case.micro_batch_size} ({smaller})")
+    more = _try_more_gpus(job, machine, num_gpus, limit)
+    if more:
+        helps.append(f"{more.case.layout.world_size} GPUs ({more})")
+    return ConfigError(f"a plan for {num_gpus} GPUs", found, f"What would help: {'; or '.join(helps)}")
+
+
+def _try_micro_batches(job: Job, machine: Machine, num_gpus: int, size: int, limit: float) -> Plan | None:
+    """The fastest layout with the largest micro-batch that fits; None where one sample is too much."""
+    while size > 1:
+        size //= 2
+        plans = [p for p in _make_plans(job, machine, list_cases(job, num_gpus, size), limit) if p.fits]
+        if plans:
+            return min(plans, key=lambda plan: plan.step.total)
+    return None
+
+
+def _try_more_gpus(job: Job, machine: Machine, num_gpus: int, limit: float) -> Plan | None:
+    """The fastest layout of the smallest multiple of the devices that fits; None: of no multiple up to MOST_GPUS."""
+    factor = 2
+    while factor <= MOST_GPUS:
+        try:
+            cases = list_cases(job, num_gpus * factor)
+        except ConfigError:
+            return None  # the batch cannot be dealt to so many
+        plans = [plan for plan in _make_plans(job, machine, cases, limit) if plan.fits]
+        if plans:
+            return min(plans, key=lambda plan: plan.step.total)
+        factor *= 2
+    return None
+
+
+def samples_per_step(table: PlanTable) -> int:
+    """Of the global batch."""
+    return global_batch_size(table.job.config, table.job.rehearsal.length)

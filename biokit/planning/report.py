@@ -1,0 +1,160 @@
+"""A plan in words: a table of layouts, why the best is best, and what was taken for granted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from biokit.config import config_to_dict
+from biokit.planning.communication import sum_traffic
+from biokit.planning.devices import HOP_S, LAUNCH_S, LINK_SHARE, MATMUL_SHARE, MEMORY_SHARE
+from biokit.planning.parts import PARTS
+from biokit.planning.plans import GIB, Plan, PlanTable, samples_per_step
+
+MOST_ROWS = 12
+TIMES = {
+    "compute": "computing",
+    "tensor": "sums over the tensor ranks",
+    "pipeline": "tensors handed from stage to stage",
+    "bubble": "the pipeline's bubble",
+    "data": "gradients and weights over the data ranks",
+    "update": "the update",
+}
+
+
+def write_report(table: PlanTable, num_rows: int = MOST_ROWS) -> str:
+    """The whole plan as text; `num_rows`: layouts shown, 0: all."""
+    blocks = [
+        describe_job(table),
+        _write_table(table.plans[: num_rows or None]),
+        _count_hidden(table, num_rows),
+        explain_best(table),
+        _describe_messages(table.best),
+        _explain_too_large(table),
+        "Taken for granted:\n" + "\n".join(f"  {line}" for line in list_assumptions(table)),
+    ]
+    return "\n\n".join(block for block in blocks if block)
+
+
+def describe_job(table: PlanTable) -> str:
+    """The run and the machine, in two lines."""
+    job, config, device = table.job, table.job.config, table.machine.device
+    model = f"{config.model.name} {config.model.preset}"
+    nodes = table.num_gpus // table.machine.gpus_per_node
+    return (
+        f"{model}: {job.num_parameters:,} parameters, {samples_per_step(table):,} samples a step of "
+        f"{job.rehearsal.length} tokens a side, {config.train.precision}\n"
+        f"{table.num_gpus} x {device.name} in {nodes} node{'s' * (nodes > 1)}, {table.memory_gib:g} GiB each, "
+        f"of which {table.limit / GIB:.1f} to plan with"
+    )
+
+
+def list_cells(plan: Plan) -> dict[str, str]:
+    """A plan's row: head -> cell."""
+    parts = plan.peak.parts()
+    seconds = plan.step.parts
+    return {
+        "layout": str(plan.case.layout),
+        "micro": f"{plan.case.num_micros} x {plan.case.micro_batch_size}",
+        "recompute": "yes" if plan.case.recompute else "no",
+        "GiB a rank": f"{plan.peak.total / GIB:.2f}",
+        **{part: f"{parts[part] / GIB:.2f}" for part in PARTS},
+        "ms a step": f"{1e3 * plan.step.total:.1f}",
+        **{name: f"{1e3 * seconds[name]:.1f}" for name in TIMES},
+    }
+
+
+def explain_best(table: PlanTable) -> str:
+    """Why the first is first, and what the next one loses."""
+    best, seconds = table.best, table.best.step.parts
+    dearest = max(seconds, key=lambda name: seconds[name])
+    spare = (best.limit - best.peak.total) / GIB
+    words = (
+        f"Best: {best}, {1e3 * best.step.total:.1f} ms a step. {seconds[dearest] / best.step.total:.0%} of it is "
+        f"{TIMES[dearest]}; its fullest rank (stage {best.worst_stage}, {best.peak.where}) leaves {spare:.1f} GiB free."
+    )
+    if len(table.plans) > 1:
+        words += f" {_compare(best, table.plans[1])}"
+    changed = list_settings(best)
+    return words + (f"\nRun it with: {' '.join(changed)}" if changed else "\nThe configuration asks for it already.")
+
+
+def list_settings(plan: Plan) -> list[str]:
+    """Overrides that make the configuration run so; those that it has already are left out."""
+    tree = config_to_dict(plan.job.config)
+
+    def current(key: str) -> object:
+        value = tree
+        for name in key.split("."):
+            value = value[name]
+        return value
+
+    return [f"{key}={value}" for key, value in plan.case.settings().items() if current(key) != value]
+
+
+def explain_misfit(plan: Plan) -> str:
+    """Which part is too large."""
+    parts = plan.peak.parts()
+    largest = max(parts, key=lambda part: parts[part])
+    total, of_it = plan.peak.total / GIB, parts[largest] / GIB
+    return f"{plan}: {total:.1f} GiB in the {plan.peak.where}, {of_it:.1f} of them {largest}"
+
+
+def list_assumptions(table: PlanTable) -> list[str]:
+    """What the figures rest on."""
+    device, precision = table.machine.device, table.job.config.train.precision
+    return [
+        f"{device.describe(precision)}; reached: {MATMUL_SHARE:.0%} of the rate in matrix products, {MEMORY_SHARE:.0%} "
+        f"of the memory's, {LINK_SHARE:.0%} of the links'",
+        f"an operation takes {LAUNCH_S * 1e6:g} us to start; a hop {HOP_S[True] * 1e6:g} us in a node, "
+        f"{HOP_S[False] * 1e6:g} us between nodes; rings over the adapters of all GPUs of a group",
+        f"every sequence has {table.job.rehearsal.length} tokens: shorter ones need less; --sequence-length gives a "
+        "typical length",
+        f"{table.reserve_gib:g} GiB a GPU are left to the driver, NCCL and the allocator's gaps (not measured)",
+        "activations and operations are those of the model's own layers, run without storage; DDP and DeepSpeed with "
+        "overlap_comm hide messages behind the backward pass, nothing hides those of tensor ranks and stages",
+        "reading data, metrics and checkpoints take no time; the times have not been measured on such a machine",
+    ]
+
+
+def _write_table(plans: Sequence[Plan]) -> str:
+    rows = [list_cells(plan) for plan in plans]
+    heads = list(rows[0])
+    widths = {head: max(len(head), *(len(row[head]) for row in rows)) for head in heads}
+    lines = [{head: head for head in heads}, *rows]
+    return "\n".join(
+        "  ".join(line[h].ljust(widths[h]) if h == "layout" else line[h].rjust(widths[h]) for h in heads).rstrip()
+        for line in lines
+    )
+
+
+def _count_hidden(table: PlanTable, num_rows: int) -> str:
+    hidden = len(table.plans) - num_rows if num_rows else 0
+    return f"{hidden} more layouts fit and are slower." if hidden > 0 else ""
+
+
+def _compare(best: Plan, other: Plan) -> str:
+    lost = {name: other.step.parts[name] - best.step.parts[name] for name in TIMES}
+    dearest = max(lost, key=lambda name: lost[name])
+    share = other.step.total / best.step.total - 1
+    return (
+        f"The next, {other}, takes {share:.1%} longer: {1e3 * other.step.parts[dearest]:.1f} instead of "
+        f"{1e3 * best.step.parts[dearest]:.1f} ms for {TIMES[dearest]}."
+    )
+
+
+def _describe_messages(plan: Plan) -> str:
+    stage = plan.worst_stage
+    found = sum_traffic(plan.traffic[stage])
+    if not found:
+        return ""
+    words = [f"{kind} {number:,} of {nbytes / 1e6:,.1f} MB in all" for kind, (number, nbytes) in found.items()]
+    bubble = f"; bubble (1F1B) {plan.step.bubble_share:.1%} of the slots" if plan.case.layout.pipeline > 1 else ""
+    return f"Messages of its fullest rank in a step: {', '.join(words)}{bubble}."
+
+
+def _explain_too_large(table: PlanTable) -> str:
+    if not table.too_large:
+        return "Every possible layout fits."
+    lines = [f"  {explain_misfit(plan)}" for plan in table.too_large[:MOST_ROWS]]
+    more = len(table.too_large) - len(lines)
+    return "\n".join([f"Too large ({len(table.too_large)}):", *lines, *([f"  and {more} more"] if more > 0 else [])])
