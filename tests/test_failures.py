@@ -327,7 +327,7 @@ def test_a_failure_file_that_is_none(folder: RunFolder, text: str) -> None:
 
 HOSTILE: list[Any] = [
     None, 7, "x", [], {"rank": "x" * 10_000, "time": 1e400, "kind": 3, "message": ["x"], "frames": {"a": 1}},
-    {"frames": [[]] * 100_000, "chain": [{}] * 100_000, "message": "\ud800" * 100_000, "time": -1e308},
+    {"frames": [[]] * 20_000, "chain": [{}] * 20_000, "message": "\ud800" * 20_000, "time": -1e308},
     {"exit_code": 10**400, "rank": 10**400, "time": True, "is_effect": "yes", "kind": "k" * 10_000},
 ]  # fmt: skip
 

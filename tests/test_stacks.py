@@ -354,8 +354,10 @@ def test_real_collectives(life: LifeFolder, tmp_path: Path) -> None:
     try:
         verdicts = {}
         while name := one.stdout.readline().strip():
-            time.sleep(0.3)  # for rank 0 to get there
-            verdicts[name] = find_hang(life, name).verdict
+            end = time.monotonic() + 30.0
+            while (hang := find_hang(life, name)).ranks[0].state != WAITS and time.monotonic() < end:
+                pass  # rank 0 has not yet got there
+            verdicts[name] = hang.verdict
             one.stdin.write("\n")
             one.stdin.flush()
         assert [process.wait(30) for process in processes] == [0, 0]

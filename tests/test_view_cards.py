@@ -95,7 +95,7 @@ def test_what_came_before_and_what_failed_too() -> None:
     card = failure_card(make_failure(causes=(chained, second), effects=(*make_failure().effects, killed)))
     for text in (card.text, Reader(card).text):
         assert f"Before it (the cause of the next): KeyError: {EVIL}" in text
-        assert "rank 5 failed too, by itself: failed (cell line 12): OSError: disk" in text
+        assert "By itself too: rank 5 failed (cell line 12): OSError: disk" in text
         text = " ".join(text.split())  # text is wrapped
         assert "3 other ranks went with it" in text and "rank 3 was ended by SIGTERM: ended from outside" in text
 
@@ -105,8 +105,8 @@ def test_ranks_that_failed_alike_are_one_line() -> None:
     others = tuple(RankError(rank, 99.0, "h", "OSError", "disk", FRAMES[:1]) for rank in (60, 61))
     card = failure_card(Failure(str(causes[0]), (*causes, *others), (), 1))
     for text in (card.text, Reader(card).text):
-        assert "ranks 1-59 failed too, alike" in text and text.count("nan") < 5
-        assert "ranks 60, 61 failed too, by themselves: failed (cell line 12): OSError: disk" in text
+        assert "ranks 1-59 failed in the same way" in text and text.count("nan") < 5
+        assert "By themselves too: ranks 60, 61 failed (cell line 12): OSError: disk" in text
 
 
 def test_a_killed_rank_has_no_traceback_but_its_output() -> None:

@@ -289,7 +289,7 @@ def test_a_pool_ends_with_its_dead_rank(pool: Pool) -> None:
 def test_ranks_that_do_not_come_up_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "psutil.py").write_text("raise ImportError('the test has taken it away')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(RunFailed):
+    with pytest.raises(RunFailed, match=r"they did not come up(?s:.*)the test has taken it away"):
         Pool(RunFolder(tmp_path / "run"), 1)
 
 

@@ -244,19 +244,15 @@ def interrupt_warm(trial: Trial, kernel: TrialKernel) -> None:
 # ---- the kernel ends
 
 
-def begin_all(trial: Trial, kernel: TrialKernel) -> None:
-    """Runs in the background, one of which ignores SIGTERM, warm ranks that do too, and a run in the foreground."""
-    kernel.run(cell(trial, "back", LOOP, "%%torchrun --nproc-per-node 2 --bg"))
-    kernel.run(cell(trial, "deaf", DEAF, "%%torchrun --nproc-per-node 2 --bg"))
-    kernel.run(cell(trial, "warm", IDLE, "%%ranks -n 2"))
-    kernel.begin(cell(trial, "fore", LOOP))
-    trial.wait_ready("back", "deaf", "warm", "fore")
-
-
 def kill_kernel(trial: Trial) -> None:
-    """SIGKILL to the kernel."""
+    """SIGKILL to the kernel: with a run in the background that ignores SIGTERM, warm ranks that do too, and a run in
+    the foreground.
+    """
     with trial_kernel(trial) as kernel:
-        begin_all(trial, kernel)
+        kernel.run(cell(trial, "deaf", DEAF, "%%torchrun --nproc-per-node 2 --bg"))
+        kernel.run(cell(trial, "warm", IDLE, "%%ranks -n 2"))
+        kernel.begin(cell(trial, "fore", LOOP))
+        trial.wait_ready("deaf", "warm", "fore")
         os.kill(kernel.pid, signal.SIGKILL)
         trial.check_left()
 
@@ -264,7 +260,9 @@ def kill_kernel(trial: Trial) -> None:
 def restart_kernel(trial: Trial) -> None:
     """The kernel is restarted."""
     with trial_kernel(trial) as kernel:
-        begin_all(trial, kernel)
+        kernel.run(cell(trial, "back", LOOP, "%%torchrun --nproc-per-node 2 --bg"))
+        kernel.begin(cell(trial, "fore", LOOP))
+        trial.wait_ready("back", "fore")
         old = kernel.pid
         kernel.restart()
         if kernel.pid == old:

@@ -19,7 +19,7 @@ from typing import Any
 
 from biokit.errors import RunError
 from biokit.failures import Failure, RankError, collect_failure, save_failure
-from biokit.launch.failed_run import RunFailed
+from biokit.launch.failed_run import explain_end
 from biokit.launch.orders import Order
 from biokit.launch.run import start_run
 from biokit.launch.started import find_started
@@ -31,7 +31,6 @@ from biokit.launch.warm_watch import GONE, POLL_S, CellWatch
 from biokit.runs import RunFolder
 from biokit.secrets import looks_secret, mask
 from biokit.stacks import Hang, save_hang
-from biokit.view.cards import failure_card
 
 START_S = 180.0  # for all ranks to come up
 NOTICE_S = 3.0  # for torchrun to notice that a rank is gone, and end the others
@@ -241,9 +240,7 @@ class Pool:
         try:
             while len(self.members) < num_ranks:
                 if self._supervisor.poll() is not None:
-                    failure = collect_failure(self.folder, self.folder.last_life())
-                    found = f"they did not come up: {failure.headline}\n{failure_card(failure).text}\n"
-                    raise RunFailed(asked, found, "Mend the cause", failure)
+                    raise explain_end(self.folder, "they did not come up", "ranks")
                 if time.monotonic() > end:
                     found = f"{len(self.members)} came up in {timeout_s:g} s"
                     raise RunError(asked, found, "Look at the logs there; start fewer")

@@ -154,7 +154,7 @@ class WarmMagics(Magics):
     def _start(self, num_ranks: int) -> Pool:
         print(f"starting {num_ranks} warm rank{'s' if num_ranks > 1 else ''}", flush=True)
         self.pool = Pool(RunFolder(new_folder("ranks")), num_ranks, drawing_environment())
-        self._tail = OutputTail(self.pool.folder, labelled=True)
+        self._tail = OutputTail(self.pool.folder, labelled=num_ranks > 1)
         return self.pool
 
     def _find_config(self, name: str, overrides: Sequence[str]) -> RunConfig:
@@ -178,14 +178,14 @@ def tell(end: CellEnd) -> None:
     if end.lost or end.groups_ended:
         print(LOST if end.lost else GROUPS_ENDED)
     if end.failure is not None:
-        found = f"{end.failure.headline}\n{failure_card(end.failure).text}\n"
+        found = f"{failure_card(end.failure).text}\n"
         raise RunFailed("%%ranks", found, "Mend the cause and run the cell again", end.failure)
     if end.interrupted:
         if end.hang is not None:
             display(hang_card(end.hang))
         raise KeyboardInterrupt
     if end.hang is not None:
-        found = f"{end.hang.reason}: {end.hang.verdict}\n{hang_card(end.hang).text}\n"
+        found = f"{hang_card(end.hang).text}\n"
         raise RunFailed("%%ranks", found, "Mend the cause, or give more time", None, end.hang)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from biokit.config import RunConfig
 from biokit.errors import ConfigError
@@ -13,28 +14,35 @@ from biokit.schema import list_divisors
 MICROS_A_STAGE = 4  # leaves a bubble of a fifth at most
 
 
-def list_cases(job: Job, num_gpus: int, micro_batch_size: int = 0) -> list[Case]:
+def list_cases(job: Job, num_gpus: int) -> list[Case]:
     """Every layout of so many devices, without and with recompute.
 
     The micro-batch is the configured one; where it does not divide a data rank's share of the batch, the largest that
     does and is not above it, of a pipeline one that gives each stage MICROS_A_STAGE where the batch allows it.
 
-    Args:
-        micro_batch_size: the largest one to take; 0: the configuration's.
-
     Raises:
         ConfigError: no layout is possible; says why.
     """
-    cases, refusals = [], dict[str, ConfigError]()
+    cases, refusals = [], list[ConfigError]()
     for layout in _list_layouts(job, num_gpus):
         try:
-            cases += [_make_case(job, layout, recompute, micro_batch_size) for recompute in (False, True)]
+            cases += [_make_case(job, layout, recompute) for recompute in (False, True)]
         except ConfigError as error:
-            refusals.setdefault(error.found, error)
+            refusals.append(error)
     if not cases:
-        first = next(iter(refusals.values()))
+        first = refusals[0]
         raise ConfigError(f"a layout of {num_gpus} GPUs", f"none is possible: {first.asked}, {first.found}", first.do)
     return cases
+
+
+def with_smaller_micro_batch(job: Job, case: Case, most: float) -> Case | None:
+    """The case with the largest smaller micro-batch that is not above `most`, or with the smallest; None: it has it."""
+    share = case.micro_batch_size * case.num_micros
+    smaller = [size for size in _list_micro_batches(job, case.layout, share) if size < case.micro_batch_size]
+    if not smaller:
+        return None
+    size = max((size for size in smaller if size <= most), default=smaller[0])
+    return replace(case, micro_batch_size=size, num_micros=share // size)
 
 
 def global_batch_size(config: RunConfig, length: int) -> int:
@@ -57,7 +65,7 @@ def _list_layouts(job: Job, num_gpus: int) -> Iterator[Layout]:
                 yield Layout("ThreeD" if tensor > 1 else "Pipeline", tensor, data, pipeline)
 
 
-def _make_case(job: Job, layout: Layout, recompute: bool, micro_batch_size: int) -> Case:
+def _make_case(job: Job, layout: Layout, recompute: bool) -> Case:
     """The case of a layout.
 
     Raises:
@@ -66,23 +74,30 @@ def _make_case(job: Job, layout: Layout, recompute: bool, micro_batch_size: int)
     config = job.config
     samples = global_batch_size(config, job.rehearsal.length)
     share, rest = divmod(samples, layout.data)
-    if (rest and not config.data.max_tokens) or not share:
-        asked = f"train.global_batch_size={samples}"
+    sizes = _list_micro_batches(job, layout, share) if share else []
+    if (rest and not config.data.max_tokens) or not sizes:
         valid = ", ".join(map(str, list_divisors(samples)))
         found = f"{layout.data} data ranks do not divide it"
-        raise ConfigError(asked, found, f"Give a multiple of {layout.data}, or data ranks among {valid}")
-    micro = _choose_micro_batch(share, micro_batch_size or config.train.micro_batch_size, layout.pipeline)
+        do = f"Give a multiple of {layout.data}, or data ranks among {valid}"
+        raise ConfigError(f"train.global_batch_size={samples}", found, do)
+    micro = _choose_micro_batch(sizes, share, config.train.micro_batch_size, layout.pipeline)
     case = Case(layout, micro, share // micro, recompute)
-    spec, sizes = job.blueprint.spec, job.blueprint.sizes
-    divided = {name: sizes[name] for name in spec.divided}
+    spec, model = job.blueprint.spec, job.blueprint.sizes
+    divided = {name: model[name] for name in spec.divided}
     plan_layout(job.configure(case), layout.world_size, divided, len(job.blueprint.parts.layers))
     job.zero_settings(case)
     return case
 
 
-def _choose_micro_batch(share: int, most: int, num_stages: int) -> int:
-    if share % most == 0:
-        return most
-    if num_stages > 1:
-        most = min(most, max(1, share // (MICROS_A_STAGE * num_stages)))
-    return max(size for size in list_divisors(share) if size <= most)
+def _list_micro_batches(job: Job, layout: Layout, share: int) -> list[int]:
+    """Sizes that divide a data rank's share and are not above the configured one, smallest first."""
+    sequence_parallel = job.config.parallel.sequence_parallel and layout.tensor > 1
+    unit = layout.tensor if sequence_parallel else 1  # rows are dealt to the tensor ranks
+    most = job.config.train.micro_batch_size
+    return [size for size in list_divisors(share) if size <= most and size % unit == 0]
+
+
+def _choose_micro_batch(sizes: Sequence[int], share: int, configured: int, num_stages: int) -> int:
+    if configured in sizes or num_stages == 1:
+        return sizes[-1]
+    return max((size for size in sizes if size * MICROS_A_STAGE * num_stages <= share), default=sizes[0])

@@ -6,7 +6,8 @@ in all. Groups of one rank send nothing. The trainer's own few numbers a step ar
 - DDP reduces its buckets, in the order in which the gradients come, once a step.
 - ZeRO-1 and ZeRO-2 reduce whole buckets too (their "reduce-scatter" is an all_reduce of which a rank keeps its part),
   ZeRO-2 for every micro-batch, and gather the updated weights.
-- ZeRO-3 gathers large weights for every micro-batch and small ones once a step, and scatters every bucket.
+- ZeRO-3 gathers large weights for every micro-batch (once more for the backward pass what it could not keep) and
+  small ones once a step, and scatters every bucket.
 - A stage hands on every tensor of a micro-batch after a message about their shapes, and takes the floats' gradients.
 - Each tensor rank sums what its matrices make of the others' parts, again where a layer is recomputed.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from biokit.parallel.grid import ZERO_STAGE, Layout
 from biokit.planning.holdings import FLOAT_BYTES
@@ -110,7 +112,10 @@ def _zero3_traffic(shape: RankShape, ready: Sequence[int]) -> list[Traffic]:
         return FLOAT_BYTES * sum(-(-count // data) * data for count in counts)
 
     large = [count for layer in shape.use.layers for count in layer.weights.values() if count > small]
-    fetched = _reach(large, shape.setting("stage3_prefetch_bucket_size"))
+    ahead = shape.setting("stage3_prefetch_bucket_size")
+    sums = list(accumulate(large))
+    again = [count for count, upto in zip(large, sums, strict=True) if upto <= sums[-1] - shape.most_gathered()]
+    fetched = _reach(large, ahead) + _reach(again, ahead)
     return [
         *(Traffic("all_gather", "data", PASSES, padded(counts), shape.num_micros) for counts in fetched),
         *(

@@ -16,6 +16,7 @@ Groups = tuple[tuple[int, ...], ...]
 # DeepSpeed's defaults of zero_optimization, in elements
 ZERO_DEFAULTS = {
     "stage3_max_live_parameters": 10**9,
+    "stage3_max_reuse_distance": 10**9,
     "stage3_prefetch_bucket_size": 5 * 10**7,
     "stage3_param_persistence_threshold": 10**5,
 }
@@ -119,6 +120,11 @@ class RankShape:
         """Of DeepSpeed, in elements."""
         value = self.zero.get(name, "auto")
         return int(ZERO_DEFAULTS[name] if value in ("auto", None) else value)
+
+    def most_gathered(self) -> int:
+        """Elements of large parameters that ZeRO-3 has whole at a time, at most: there and back again within reach."""
+        live = self.setting("stage3_max_live_parameters")
+        return max(live, self.setting("stage3_max_reuse_distance") // 2)
 
     def ready_bytes(self, number: int, own: bool = False) -> int:
         """Gradients that the backward pass has made before its number-th instant; `own`: with that layer's."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from biokit.config import RunConfig
 from biokit.errors import ConfigError
-from biokit.planning.candidates import global_batch_size, list_cases
+from biokit.planning.candidates import global_batch_size, list_cases, with_smaller_micro_batch
 from biokit.planning.communication import Traffic, list_traffic
 from biokit.planning.devices import Device
 from biokit.planning.holdings import read_vocab_size
@@ -19,7 +20,7 @@ from biokit.planning.timing import Machine, StepTime, estimate_step
 
 GIB = 2**30
 RESERVE_GIB = {"cuda": 4.0, "cpu": 0.0}  # for the CUDA context, NCCL's buffers and the allocator's gaps
-MOST_GPUS = 8  # times as many devices are tried where no layout fits
+MOST_TIMES = 8  # as many devices are tried where no layout fits
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def plan_run(
         raise ConfigError(f"GPU memory {memory:g} GiB", found, "Give more, or a smaller --reserve")
     job = Job(config, vocab_size or read_vocab_size(config), device.kind, length)
     machine, limit = Machine(device, per_node), (memory - reserve) * GIB
-    found_plans = _make_plans(job, machine, list_cases(job, num_gpus), limit)
+    found_plans = _make_plans(job, machine, num_gpus, limit)
     fitting = sorted((plan for plan in found_plans if plan.fits), key=lambda plan: plan.step.total)
     if not fitting:
         raise _no_fit(job, machine, num_gpus, found_plans, limit)
@@ -139,11 +140,25 @@ def plan_run(
     return PlanTable(job, machine, num_gpus, memory, reserve, fitting, too_large)
 
 
-def _make_plans(job: Job, machine: Machine, cases: Sequence[Case], limit: float) -> list[Plan]:
-    return [
-        Plan(job, case, machine, [find_peak(job.rank_shape(case, s)) for s in range(case.layout.pipeline)], limit)
-        for case in cases
-    ]
+def _make_plans(job: Job, machine: Machine, num_gpus: int, limit: float) -> list[Plan]:
+    """One of each layout, with a smaller micro-batch where the first does not fit.
+
+    Raises:
+        ConfigError: no layout is possible.
+    """
+    return [_fit(job, machine, case, limit) for case in list_cases(job, num_gpus)]
+
+
+def _fit(job: Job, machine: Machine, case: Case, limit: float) -> Plan:
+    while True:
+        peaks = [find_peak(job.rank_shape(case, stage)) for stage in range(case.layout.pipeline)]
+        plan = Plan(job, case, machine, peaks, limit)
+        growing = plan.peak.parts()["activations"]  # with the micro-batch
+        room = limit - plan.peak.total + growing
+        smaller = with_smaller_micro_batch(job, case, case.micro_batch_size * room / max(1, growing))
+        if plan.fits or room <= 0 or smaller is None:
+            return plan
+        case = smaller
 
 
 def _check_sizes(config: RunConfig, num_gpus: int, gpus_per_node: int, length: int) -> int:
@@ -166,47 +181,33 @@ def _check_sizes(config: RunConfig, num_gpus: int, gpus_per_node: int, length: i
 
 
 def _no_fit(job: Job, machine: Machine, num_gpus: int, plans: Sequence[Plan], limit: float) -> ConfigError:
-    """What the least one needs, and what would help: a smaller micro-batch, more devices."""
+    """What the least one needs, and what would help: recompute and small micro-batches have been tried."""
     least = min(plans, key=lambda plan: plan.peak.total)
-    parts = least.peak.parts()
+    parts, total = least.peak.parts(), least.peak.total / GIB
     largest = max(parts, key=lambda part: parts[part])
     found = (
-        f"no layout fits into {limit / GIB:.1f} GiB a rank: the least, {least} with micro-batches of "
-        f"{least.case.micro_batch_size}, needs {least.peak.total / GIB:.1f} GiB, of which {parts[largest] / GIB:.1f} "
-        f"are {largest}"
+        f"no layout fits into {limit / GIB:.1f} GiB a rank, with recompute and small micro-batches neither: the least, "
+        f"{least} with micro-batches of {least.case.micro_batch_size}, needs {total:.1f} GiB, of which "
+        f"{parts[largest] / GIB:.1f} are {largest}"
     )
-    helps = [f"a device of {least.peak.total / GIB + 1:.0f} GiB and more"]
-    smaller = _try_micro_batches(job, machine, num_gpus, max(plan.case.micro_batch_size for plan in plans), limit)
-    if smaller:
-        helps.insert(0, f"train.micro_batch_size={smaller.case.micro_batch_size} ({smaller})")
+    helps = [f"{math.ceil(total)} GiB and more to plan with"]
     more = _try_more_gpus(job, machine, num_gpus, limit)
     if more:
-        helps.append(f"{more.case.layout.world_size} GPUs ({more})")
+        helps.append(f"{more.case.layout.world_size} GPUs ({more}, micro-batches of {more.case.micro_batch_size})")
+    if least.case.micro_batch_size == 1 and largest == "activations":
+        helps.append(f"a smaller data.max_length than {job.config.data.max_length}")
     return ConfigError(f"a plan for {num_gpus} GPUs", found, f"What would help: {'; or '.join(helps)}")
 
 
-def _try_micro_batches(job: Job, machine: Machine, num_gpus: int, size: int, limit: float) -> Plan | None:
-    """The fastest layout with the largest micro-batch that fits; None where one sample is too much."""
-    while size > 1:
-        size //= 2
-        plans = [p for p in _make_plans(job, machine, list_cases(job, num_gpus, size), limit) if p.fits]
-        if plans:
-            return min(plans, key=lambda plan: plan.step.total)
-    return None
-
-
 def _try_more_gpus(job: Job, machine: Machine, num_gpus: int, limit: float) -> Plan | None:
-    """The fastest layout of the smallest multiple of the devices that fits; None: of no multiple up to MOST_GPUS."""
-    factor = 2
-    while factor <= MOST_GPUS:
+    """The fastest layout of the smallest multiple of the devices that fits; None: of no multiple up to MOST_TIMES."""
+    for factor in (2, 4, MOST_TIMES):
         try:
-            cases = list_cases(job, num_gpus * factor)
+            plans = [plan for plan in _make_plans(job, machine, num_gpus * factor, limit) if plan.fits]
         except ConfigError:
             return None  # the batch cannot be dealt to so many
-        plans = [plan for plan in _make_plans(job, machine, cases, limit) if plan.fits]
         if plans:
             return min(plans, key=lambda plan: plan.step.total)
-        factor *= 2
     return None
 
 

@@ -52,7 +52,6 @@ class Output:
         source: the input that is handed on as it is; -1: made here.
         needs: the float inputs that its gradient goes back to.
         backward: cost of the backward pass of this output alone.
-        retained_peak: the most that is alive in it when all is kept for another one, outputs left out.
         kept: this layer itself keeps it for the backward pass.
     """
 
@@ -60,7 +59,6 @@ class Output:
     source: int = -1
     needs: frozenset[int] = frozenset()
     backward: Cost = field(default_factory=Cost)
-    retained_peak: int = 0
     kept: bool = False
 
 
@@ -75,6 +73,7 @@ class LayerUse:
         forward, backward: what the passes cost, backward of all outputs together.
         forward_peak, backward_peak: the most that is alive in the pass, inputs left out; backward with the gradients of
             outputs and inputs, without those of parameters, which are there already.
+        retained_peak: in a backward pass that keeps everything for another one.
         weights: elements of each parameter that the rank holds, by its name in the layer.
         gradient_order: these names in the order in which their gradients are ready.
     """
@@ -86,6 +85,7 @@ class LayerUse:
     parts: tuple[int, ...]
     forward_peak: int
     backward_peak: int
+    retained_peak: int
     forward: Cost
     backward: Cost
     weights: Mapping[str, int] = field(default_factory=dict)
@@ -214,86 +214,95 @@ def _rehearse(
         watch.welcome([layer.labels])
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), watch:
         warnings.simplefilter("ignore")  # of torch's own, about tensors without storage
-        outputs, costs = _pass_alone(run, carry, watch)
-        parts = tuple(getattr(checkpointed, "parts", ())) or (0,) * len(carry)
-        order.clear()
-        sizes = _pass_together(run, carry, watch, [output.source for output in outputs])
-    outputs = [replace(output, kept=kept) for output, kept in zip(outputs, sizes.kept_outputs, strict=True)]
+        passed = _pass(run, carry, watch)
+        alone = _split_backward(run, carry, watch) if sum(map(_is_made, passed.outputs)) > 1 else {}
+    parts = tuple(getattr(checkpointed, "parts", ()))[: len(carry)] or (0,) * len(carry)
+    outputs = tuple(
+        replace(output, backward=alone.get(place, passed.backward) if _is_made(output) else Cost())
+        for place, output in enumerate(passed.outputs)
+    )
     return LayerUse(
         name,
-        tuple(outputs),
-        kept=sizes.kept - sum(output.shape.nbytes for output in outputs if output.kept) - sum(parts),
-        kept_inputs=sizes.kept_inputs,
+        outputs,
+        kept=passed.kept - sum(output.shape.nbytes for output in outputs if output.kept) - sum(parts),
+        kept_inputs=passed.kept_inputs,
         parts=parts,
-        forward_peak=sizes.forward_peak,
-        backward_peak=sizes.backward_peak,
-        forward=costs[0],
-        backward=costs[1],
+        forward_peak=passed.forward_peak,
+        backward_peak=passed.backward_peak,
+        retained_peak=passed.retained_peak,
+        forward=passed.forward,
+        backward=passed.backward,
         weights={key: parameter.numel() for key, parameter in parameters.items()},
-        gradient_order=tuple(order),
+        gradient_order=tuple(order[: len(parameters)]),
     )
 
 
-def _pass_alone(
-    run: Callable[[Any], tuple[torch.Tensor, ...]], carry: Sequence[Shape], watch: Watch
-) -> tuple[list[Output], tuple[Cost, Cost]]:
-    """The outputs, each with a backward pass of its own, and the costs of a forward and of one backward pass."""
-    inputs = tuple(shape.make() for shape in carry)
-    for given in inputs:
-        if given.requires_grad:
-            given.retain_grad()
-    watch.welcome(inputs)
-    addresses = [address_of(given) for given in inputs]
-    watch.restart()
-    before = watch.live
-    out, outputs = run(inputs), list[Output]()
-    forward = watch.restart()
-    made = {address_of(value): value.untyped_storage().nbytes() for value in out if address_of(value) not in addresses}
-    for value in out:
-        source = addresses.index(address_of(value)) if address_of(value) in addresses else -1
-        watch.restart()
-        if value.requires_grad and source < 0:
-            value.backward(torch.empty_like(value), retain_graph=True)
-        peak, cost = watch.peak - before - sum(made.values()), watch.restart()
-        needs = frozenset(i for i, given in enumerate(inputs) if given.grad is not None)
-        outputs.append(Output(Shape(tuple(value.shape), value.dtype), source, needs, cost, peak))
-        for given in inputs:
-            given.grad = None
-    going = [value for value, output in zip(out, outputs, strict=True) if value.requires_grad and output.source < 0]
-    if len(going) == 1:
-        return outputs, (forward, sum((output.backward for output in outputs), Cost()))
-    torch.autograd.backward(going, [torch.empty_like(value) for value in going])
-    return outputs, (forward, watch.restart())
-
-
 @dataclass
-class _Sizes:
-    """Bytes of the passes as they are in training: all outputs go backward together, and nothing is kept."""
+class _Passed:
+    """What one forward and backward pass of a layer showed; all outputs go backward together."""
 
-    forward_peak: int
-    backward_peak: int
+    outputs: list[Output]
     kept: int
     kept_inputs: frozenset[int]
-    kept_outputs: list[bool]
+    forward_peak: int
+    backward_peak: int
+    retained_peak: int
+    forward: Cost
+    backward: Cost
 
 
-def _pass_together(
-    run: Callable[[Any], tuple[torch.Tensor, ...]], carry: Sequence[Shape], watch: Watch, sources: Sequence[int]
-) -> _Sizes:
+def _pass(run: Callable[[Any], tuple[torch.Tensor, ...]], carry: Sequence[Shape], watch: Watch) -> _Passed:
     inputs = tuple(shape.make() for shape in carry)
     watch.welcome(inputs)
-    addresses = [address_of(given) for given in inputs]
+    addresses, nodes = [address_of(given) for given in inputs], [given.grad_fn for given in inputs]
     watch.restart()
     before = watch.live
     out = run(inputs)
-    forward_peak = watch.peak - before
+    forward_peak, forward = watch.peak - before, watch.restart()
     places = [address_of(value) for value in out]
+    shapes = [Shape(tuple(value.shape), value.dtype) for value in out]
+    needs = [frozenset(i for i, node in enumerate(nodes) if node in _list_nodes(value.grad_fn)) for value in out]
     # each output's gradient arrives as a tensor of its own, which the first operation that reads it can let go
     total = sum((value.mul(1.0).sum() for value in out if value.requires_grad), torch.zeros((), device="meta"))
     del inputs, out
     kept_inputs = frozenset(i for i, address in enumerate(addresses) if watch.is_alive(address))
-    kept_outputs = [source < 0 and watch.is_alive(place) for source, place in zip(sources, places, strict=True)]
+    outputs = []
+    for shape, place, needed in zip(shapes, places, needs, strict=True):
+        source = addresses.index(place) if place in addresses else -1
+        outputs.append(Output(shape, source, needed, kept=source < 0 and watch.is_alive(place)))
     kept = watch.live - before
     watch.restart()
     total.backward()
-    return _Sizes(forward_peak, watch.peak - before, kept, kept_inputs, kept_outputs)
+    backward_peak, retained_peak, backward = watch.peak - before, watch.retained_peak - before, watch.restart()
+    backward.moved -= sum(2 * shape.nbytes for shape in shapes if shape.is_float)  # of the multiplications above
+    backward.num_operations -= sum(shape.is_float for shape in shapes)
+    return _Passed(outputs, kept, kept_inputs, forward_peak, backward_peak, retained_peak, forward, backward)
+
+
+def _split_backward(
+    run: Callable[[Any], tuple[torch.Tensor, ...]], carry: Sequence[Shape], watch: Watch
+) -> dict[int, Cost]:
+    """The costs of a backward pass of each output alone, with the graph kept."""
+    inputs = tuple(shape.make() for shape in carry)
+    costs = {}
+    for place, value in enumerate(run(inputs)):
+        watch.restart()
+        if value.requires_grad:
+            value.backward(torch.empty_like(value), retain_graph=True)
+        costs[place] = watch.restart()
+    return costs
+
+
+def _is_made(output: Output) -> bool:
+    return output.shape.is_float and output.source < 0
+
+
+def _list_nodes(start: Any) -> set[Any]:
+    """All nodes of autograd's graph behind one."""
+    found, waiting = set[Any](), [start]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return found

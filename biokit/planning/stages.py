@@ -168,7 +168,7 @@ class _Backward:
                 continue
             self.cost += made[0].backward if len(made) == 1 else layer.backward
             alive = self.ledger.alive_backward(number, self.gone)
-            peak = max(output.retained_peak for output in made) if retain else layer.backward_peak
+            peak = layer.retained_peak if retain else layer.backward_peak
             self.use.backward.append(Moment(layer.name, "backward", alive + peak, self.num_ready))
             self.num_ready += 0 if self.times[number] else sum(layer.weights.values())
             self.times[number] += 1

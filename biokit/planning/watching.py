@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from biokit.kernels import attention as attention_kernel
@@ -63,25 +62,26 @@ class Watch(TorchDispatchMode):
     """Counts bytes of live storages and their peak, and the cost of the operations.
 
     Attributes:
-        live: bytes of storages that are alive now, those of `guests` left out.
-        peak: the most there was since `restart`.
+        live: bytes of storages that are alive now, those of guests left out.
+        peak: the most there was since `restart`; `retained_peak`: had nothing gone that was there at that time.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live, self.peak, self.cost = 0, 0, Cost()
+        self.live, self.peak, self.retained_peak, self.cost = 0, 0, 0, Cost()
         self._storages: dict[int, tuple[int, Any]] = {}  # by address, with a reference that ends with the storage
+        self._old, self._gone = set[int](), 0  # addresses at the restart, and bytes of those that went since
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        made = [tensor for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)]
-        flops = flop_registry.get(func._overloadpacket)
-        if flops is not None:
-            self.cost.flops += flops(*args, **(kwargs or {}), out_val=out)
-        elif not func.is_view and made:
-            read = (tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor))
-            self.cost.moved += sum(tensor.nbytes for tensor in (*read, *made))
-        self.cost.num_operations += bool(made) and not func.is_view
+        made = list(_find_tensors([out]))
+        if made and not func.is_view:
+            flops = flop_registry.get(func._overloadpacket)
+            if flops is not None:
+                self.cost.flops += flops(*args, **(kwargs or {}), out_val=out)
+            else:
+                self.cost.moved += sum(tensor.nbytes for tensor in (*_find_tensors(args), *made))
+            self.cost.num_operations += 1
         for tensor in made:
             self._add(tensor, counts=True)
         return out
@@ -101,7 +101,9 @@ class Watch(TorchDispatchMode):
 
     def restart(self) -> Cost:
         """Begin a new stretch of work; returns the cost of the one before."""
-        cost, self.cost, self.peak = self.cost, Cost(), self.live
+        cost, self.cost = self.cost, Cost()
+        self.peak = self.retained_peak = self.live
+        self._old, self._gone = set(self._storages), 0
         return cost
 
     def post(self, kind: str, size: int) -> None:
@@ -116,9 +118,23 @@ class Watch(TorchDispatchMode):
         self._storages[address] = size, weakref.ref(storage, lambda _: self._drop(address))
         self.live += size
         self.peak = max(self.peak, self.live)
+        self.retained_peak = max(self.retained_peak, self.live + self._gone)
 
     def _drop(self, address: int) -> None:
-        self.live -= self._storages.pop(address)[0]
+        size = self._storages.pop(address)[0]
+        self.live -= size
+        if address in self._old:
+            self._old.discard(address)
+            self._gone += size
+
+
+def _find_tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Those among an operation's arguments or results; lists may hold some."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _find_tensors(value)
 
 
 def address_of(tensor: torch.Tensor) -> int:

@@ -5,8 +5,9 @@
   flatten the bucket to send it, copy the rank's part out of it, and flatten that once more for AdamW.
 - Stage 3 keeps a bucket and its part of the gradients for ever, and small parameters whole between updates. Every
   module that runs, a dropout too, fetches another `stage3_prefetch_bucket_size` elements ahead, and what was fetched
-  ahead of its second use stays for it: soon all weights are there, up to `stage3_max_live_parameters`, and each goes
-  after its backward pass. The bucket that is being unpacked stands there twice.
+  ahead of its second use stays for it: soon all weights are there, up to `stage3_max_live_parameters` (or half of
+  `stage3_max_reuse_distance`), and each goes after its backward pass. The bucket that is being unpacked stands there
+  twice.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def list_zero3_instants(shape: RankShape) -> Instants:
     ]
     whole = Item("weights", "small parameters, whole", FLOAT_BYTES * sum(n for n in shape.counts if n <= small))
     large = {layer.name: sum(n for n in layer.weights.values() if n > small) for layer in shape.use.layers}
-    gathered = FLOAT_BYTES * min(sum(large.values()), shape.setting("stage3_max_live_parameters"))
+    gathered = FLOAT_BYTES * min(sum(large.values()), shape.most_gathered())
     ahead = FLOAT_BYTES * shape.setting("stage3_prefetch_bucket_size")
     buffer = min(gathered, ahead) * (shape.layout.data > 1)
     last = [name for name, count in large.items() if count][-1:]

@@ -142,15 +142,16 @@ def _show_root(cause: RankError) -> Iterable[str]:
 
 
 def _group_causes(causes: Sequence[RankError]) -> Iterable[tuple[str, RankError]]:
-    """(words, one of them) for the causes beside the root, those that are alike together; of the root's kind: it."""
+    """(words, one of them) for the causes beside the root, those that are alike together."""
     groups: dict[tuple[str, str, str], list[RankError]] = {}
     for one in causes:
         groups.setdefault((one.kind, one.message, one.place), []).append(one)
     for number, alike in enumerate(groups.values()):
         others = alike if number else alike[1:]
         if others:
-            what = f"by {'themselves' if len(others) > 1 else 'itself'}: {alike[0].words}" if number else "alike"
-            yield f"{name_ranks(sorted(one.rank for one in others))} failed too, {what}", alike[0]
+            names, words = name_ranks(sorted(one.rank for one in others)), alike[0].words
+            alone = "themselves" if len(others) > 1 else "itself"
+            yield f"By {alone} too: {names} {words}" if number else f"{names} failed in the same way", alike[0]
 
 
 def _say_link(link: Link) -> str:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from tests.drills import cut_checkpoints, dying, kill_a_rank, kill_and_resume, slurm_node_lost, supervised
+from tests.drills import cut_checkpoints, dying, kill_a_rank, kill_and_resume, link_cut, slurm_node_lost, supervised
 from tests.drills.outcome import HEADER, Outcome
 from tests.ways_to_die import WAYS
 
@@ -23,6 +23,7 @@ FULL: dict[str, tuple[int, Callable[[int, int], Outcome]]] = {
     "SIGTERM": (20, supervised.terminate),
     **{way: (10, partial(dying.run_drill, way=way)) for way in WAYS},
     "node": (5, slurm_node_lost.run_drill),
+    "link": (6, link_cut.run_drill),
     "saves": (200, cut_checkpoints.cut_saves),
     "disk": (40, cut_checkpoints.fill_the_disk),
     "bits": (100, cut_checkpoints.flip_bits),

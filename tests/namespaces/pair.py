@@ -94,6 +94,11 @@ class NodePair:
         """Bring the link back."""
         ip("-n", self.names[0], "link", "set", self.links[0], "up")
 
+    def end_all(self) -> None:
+        """SIGKILL to every process on the nodes."""
+        for name in self.names:
+            end_processes(name)
+
     def pids(self) -> list[int]:
         """Processes on the nodes."""
         return [pid for name in self.names for pid in pids_in(name)]
@@ -109,15 +114,20 @@ def pids_in(name: str) -> list[int]:
     return [int(pid) for pid in ip("netns", "pids", name).split()]
 
 
+def end_processes(name: str) -> None:
+    """SIGKILL to the processes in a namespace."""
+    end = time.monotonic() + TOOL_S
+    while (pids := pids_in(name)) and time.monotonic() < end:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
 def remove_namespace(name: str) -> None:
     """Remove a namespace, its processes and its files; nothing where there is none."""
     with contextlib.suppress(subprocess.CalledProcessError):
-        end = time.monotonic() + TOOL_S
-        while (pids := pids_in(name)) and time.monotonic() < end:
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.05)
+        end_processes(name)
         ip("netns", "delete", name)
     shutil.rmtree(FILES / name, ignore_errors=True)
 

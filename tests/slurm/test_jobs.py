@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
 from biokit.launch import following, slurm
@@ -158,12 +159,13 @@ def test_a_killed_rank(cluster: Cluster, undisturbed: RunFolder, tmp_path: Path)
 
 @pytest.mark.full
 def test_a_killed_srun(cluster: Cluster, undisturbed: RunFolder, tmp_path: Path) -> None:
-    """It tells nobody, and its tasks hold the run: the nodes end them, for the supervisor's file says that it went on."""
+    """It tells nobody, and its tasks hold the run: the nodes end them, as the supervisor's file says that it went on."""
     run = submit(write_config(tmp_path), *TWO_NODES, "--lives", "2")
     wait_for_step(cluster, run, 15)
-    for process in processes_with("SLURM_JOB_ID", job_of(run).job_id):
-        if process.name() == "srun":
-            process.kill()
+    sruns = [process for process in processes_with("SLURM_JOB_ID", job_of(run).job_id) if process.name() == "srun"]
+    for act in (psutil.Process.suspend, psutil.Process.kill):  # it has a second process, which would tell of its end
+        for process in sruns:
+            act(process)
     wait_for_outcome(cluster, run, "finished", "failed", timeout_s=AGAIN_S)
     assert job_of(run).outcome == "finished", jobs.explain(cluster, run)
     assert run.last_life() == 2 and losses(run) == losses(undisturbed)
