@@ -4,7 +4,7 @@ Layout (only this module knows it):
     config.yaml  ds_config.json  manifest.json  metrics/rank_NNNNN.jsonl  logs/  checkpoints/step_NNNNNNNN/
     tensorboard/  STOP
     launch.json  supervisors/node_NNNN.json  nodes/node_NNNN.json  lives/NNNN/{ranks,errors,stacks,output,agents}/
-    failure.json  hang.json  result.safetensors
+    failure.json  hang.json  cell.py  given.safetensors  result.safetensors
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class RunFolder:
 
     @property
     def logs(self) -> Path:
-        """Standard output of background runs."""
+        """What the supervisor said, and what was asked of it."""
         return self.path / "logs"
 
     @property

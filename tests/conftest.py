@@ -1,11 +1,23 @@
 """Shared fixtures. Larger real data is found through BIOKIT_REAL_DATA; without it those tests skip and say so."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 REAL_DATA_LOG = "BIOKIT_REAL_DATA_LOG"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_register(tmp_path_factory) -> Iterator[None]:
+    """Runs of the tests do not stand in the user's own list of runs."""
+    before = os.environ.get("XDG_STATE_HOME")
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+    yield
+    os.environ.pop("XDG_STATE_HOME")
+    if before is not None:
+        os.environ["XDG_STATE_HOME"] = before
 
 
 @pytest.fixture

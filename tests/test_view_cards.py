@@ -154,14 +154,14 @@ def test_a_hang_shows_first_who_does_not_wait() -> None:
 def test_a_run_in_rows() -> None:
     line = f"python -m torch.distributed.run 'two  spaces' {EVIL} {'x' * 200}"
     card = run_card({
-        "run": f"runs/{EVIL}", "status": "timed out", "step": 3, "num_steps": 10, "life": 1, "max_lives": 4,
+        "run": f"runs/{EVIL}", "status": "timed out", "step": 3, "num_steps": 10, "life": 1, "last_life": 4,
         "loss": 1.23456, "num_parameters": 44_700_000, "layout": {"strategy": "Zero1", "data": 2}, "started": 1.79e9,
         "git": {"commit": "0123456789abcdef", "dirty": True, "changes": "f00"}, "config_hash": "ab" * 32, "line": line,
         "anything": ["else", 1],
     })  # fmt: skip
     rows = dict(row.strip().split("  ", 1) for row in card.text.splitlines()[1:])
     assert {name: value.strip() for name, value in rows.items() if name != "started"} == {
-        "step": "3 of 10", "life": "1 of 4", "loss": "1.2346", "parameters": "44,700,000", "anything": "else, 1",
+        "step": "3 of 10", "life": "1, of at most 4", "loss": "1.2346", "parameters": "44,700,000", "anything": "else, 1",
         "layout": "strategy Zero1, data 2", "git": "0123456789ab with changes (f00)", "config": "ab" * 8,
         "command": line,
     }  # fmt: skip

@@ -79,7 +79,7 @@ def read_git(where: Path) -> dict[str, Any]:
 def describe_run(folder: RunFolder, status: str = "") -> dict[str, Any]:
     """The facts of a run's card: what was asked, from which state of what, and where it stands.
 
-    Entries that are not known are left out: `run, status, kind, life, max_lives, step, num_steps, loss, started, ended,
+    Entries that are not known are left out: `run, status, kind, life, last_life, step, num_steps, loss, started, ended,
     host, slurm_job, layout, num_parameters, config_hash, data_hash, git, python, versions, line`.
     """
     order, said = _order_of(folder), read_state(folder) or SupervisorState(max_lives=0)
@@ -91,7 +91,7 @@ def describe_run(folder: RunFolder, status: str = "") -> dict[str, Any]:
         "status": status or read_status(folder),
         "kind": order.kind if order else "train" if manifest else None,
         "life": said.life,
-        "max_lives": said.max_lives,
+        "last_life": said.first_life + said.max_lives - 1 if said.max_lives > 1 else None,
         "step": lines[-1]["step"] if lines else manifest.get("step"),
         "num_steps": manifest.get("train_iters"),
         "loss": lines[-1].get("loss") if lines else None,

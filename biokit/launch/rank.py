@@ -202,8 +202,9 @@ def _load_module(name: str) -> tuple[types.CodeType, types.ModuleType]:
 
 
 def _program_frames(trace: types.TracebackType | None) -> types.TracebackType | None:
-    """A traceback without the frames of this file and what it called to load the program."""
-    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+    """A traceback without the frames of the launcher, which ran the program or the cell."""
+    own = str(Path(__file__).parent)
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(own):
         trace = trace.tb_next
     return trace
 

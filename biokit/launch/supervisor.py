@@ -227,6 +227,8 @@ class Supervisor:
             self._stop_looked_at = now
             if self.folder.stop_requested():
                 ask = max(ask, Ask.STOP)
+            if not self.folder.launch_file.exists() and not self.folder.path.is_dir():  # removed: nobody would find it
+                ask = max(ask, Ask.INTERRUPT)
         if now > self._end_at:
             ask = max(ask, Ask.TIME_OUT)
         if self.owner and os.getppid() != self.owner:

@@ -63,6 +63,18 @@ class Canvas:
             )
         )
 
+    def bar(self, x: float, y: float, width: float, height: float, fill: Rgb) -> None:
+        """A plain rectangle without an edge, for stretches that may be thinner than a rounded corner."""
+        from matplotlib.patches import Rectangle
+
+        self._axes.add_patch(Rectangle((x, y), width, height, facecolor=fill, edgecolor="none"))
+
+    def line(self, start: tuple[float, float], end: tuple[float, float], colour: Rgb, dashed: bool = False) -> None:
+        """A thin line from (x, y) to (x, y)."""
+        style = (0, (4, 3)) if dashed else "solid"
+        (x, y), (x_end, y_end) = start, end
+        self._axes.plot([x, x_end], [y, y_end], color=colour, lw=1.2, ls=style, scalex=False, scaley=False)
+
     def text(
         self,
         x: float,

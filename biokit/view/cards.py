@@ -19,6 +19,7 @@ from biokit.failures import Failure
 from biokit.frames import Frame
 from biokit.stacks import WAITS, Hang, RankStack, name_ranks
 from biokit.view.canvas import BLUE, VERMILLION, Rgb
+from biokit.view.paths import show_near
 
 GREEN: Rgb = (0.0, 0.42, 0.31)  # Okabe-Ito's bluish green and orange, darkened for white text
 AMBER: Rgb = (0.60, 0.38, 0.0)
@@ -87,8 +88,9 @@ def failure_card(failure: Failure) -> Card:
             *(f"    {_cut(line)}" for line in failure.tail.split("\n")),
         ]
     if failure.logs:
-        html.append(_quiet(f"All of it: <code>{escape(failure.logs)}</code>", raw=True))
-        text.append(f"  All of it: {failure.logs}")
+        logs = show_near(failure.logs)
+        html.append(_quiet(f"All of it: <code>{escape(logs)}</code>", raw=True))
+        text.append(f"  All of it: {logs}")
     if failure.hang is not None and not failure.causes:
         return _card("HUNG", failure.hang.reason, AMBER, html, text)
     return _card("FAILED", failure.headline or "the run failed", VERMILLION, html, text)
@@ -253,13 +255,15 @@ def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         step, of = rest.pop("step"), rest.pop("num_steps", 0)
         yield "step", f"{step} of {of}" if of else str(step)
     if "life" in rest:
-        life, of = rest.pop("life"), rest.pop("max_lives", 0)
-        yield "life", f"{life} of {of}" if of else str(life)
+        life, last = rest.pop("life"), rest.pop("last_life", 0)
+        yield "life", f"{life}, of at most {last}" if last else str(life)
     for name, value in rest.items():
         yield _NAMES.get(name, name), _say_value(name, value)
 
 
 def _say_value(name: str, value: Any) -> str:
+    if name == "line":
+        return show_near(str(value))
     if name in ("started", "ended") and isinstance(value, (int, float)):
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
     if name == "git" and isinstance(value, Mapping):

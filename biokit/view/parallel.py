@@ -36,11 +36,11 @@ def show_layout(config: RunConfig, layout: Layout | int, *, vocab_size: int = 0,
         layout = find_layout(config, layout)
     holdings = find_holdings(config, layout, vocab_size)
     title = title or f"{config.model.name} {config.model.preset} under {layout}: {_count(layout.world_size)}"
-    ranks = _choose_ranks(layout)
+    ranks = choose_ranks(layout)
     memory = {rank: rank_memory(layout, sum(holdings.held[rank])) for rank in ranks}
     notes = _write_notes(layout, ranks)
     width = 104 if len(ranks) <= 8 else 80
-    head = 38 + _LINE * (1 + len(_places(layout, 0)))
+    head = 38 + _LINE * (1 + len(list_places(layout, 0)))
     foot = head + _CELL * len(holdings.layers) + 12
     key = foot + _LINE * (len(_memory_rows(memory[0])) + 1)
     canvas = Canvas(
@@ -55,7 +55,7 @@ def show_layout(config: RunConfig, layout: Layout | int, *, vocab_size: int = 0,
         canvas.text(_MARGIN, foot + _LINE * line + 8, name, size=12, bold=name == IN_ALL)
     for column, rank in enumerate(ranks):
         _draw_rank(canvas, holdings, rank, memory[rank], (_LABEL + width * column, width - 6, head, foot))
-    _draw_key(canvas, key)
+    draw_key(canvas, key)
     for line, words in enumerate(notes):
         canvas.text(_MARGIN, key + _LINE * line + 26, words, size=12, colour=GREY)
     return canvas.picture(_describe(title, holdings, memory, notes))
@@ -66,14 +66,14 @@ def _draw_rank(
 ) -> None:
     """One column: who it is, its part of every layer, its memory; `box` is (left, width, top, foot) in pixels."""
     x, width, head, foot = box
-    for line, words in enumerate([f"rank {rank}", *_places(holdings.layout, rank)]):
+    for line, words in enumerate([f"rank {rank}", *list_places(holdings.layout, rank)]):
         size = 12 if line else 13
         canvas.text(x + width / 2, 46 + _LINE * line, words, size=size, bold=not line, align="center")
     for row, count in enumerate(holdings.kept(rank)):
         y = head + _CELL * row
         canvas.box(x, y, width, _BAR, fill=WHITE, edge=FRAME, line_width=0.8, dashed=not count)
         if count:
-            left, top, across, down = _find_part(holdings, rank, row)
+            left, top, across, down = find_part(holdings, rank, row)
             fill = PART if (across, down) != (1, 1) else WHOLE
             part = (x + 1 + left * (width - 2), y + 1 + top * (_BAR - 2), across * (width - 2), down * (_BAR - 2))
             canvas.box(*part, fill=fill, edge=fill, line_width=0.0)
@@ -82,7 +82,7 @@ def _draw_rank(
         canvas.text(x + width / 2, foot + _LINE * line + 8, value, size=12, align="center", bold=name == IN_ALL)
 
 
-def _find_part(holdings: Holdings, rank: int, row: int) -> tuple[float, float, float, float]:
+def find_part(holdings: Holdings, rank: int, row: int) -> tuple[float, float, float, float]:
     """(left, top, width, height) of a rank's part of a layer, as shares: across for tensor ranks, down for ZeRO-3."""
     layout = holdings.layout
     place, held, kept = layout.place(rank), holdings.held[rank][row], holdings.kept(rank)[row]
@@ -91,7 +91,7 @@ def _find_part(holdings: Holdings, rank: int, row: int) -> tuple[float, float, f
     return place.tensor % num_across / num_across, place.data % num_down / num_down, 1 / num_across, 1 / num_down
 
 
-def _draw_key(canvas: Canvas, y: float) -> None:
+def draw_key(canvas: Canvas, y: float) -> None:
     x = float(_MARGIN)
     for share, fill, words in ((1.0, WHOLE, "the whole layer"), (0.5, PART, "a part of it"), (0.0, WHITE, "nothing")):
         canvas.box(x, y - 7, 36, 14, fill=WHITE, edge=FRAME, line_width=0.8, dashed=not share)
@@ -102,7 +102,7 @@ def _draw_key(canvas: Canvas, y: float) -> None:
     canvas.text(x, y, "figures: parameters", size=12, colour=GREY)
 
 
-def _choose_ranks(layout: Layout) -> list[int]:
+def choose_ranks(layout: Layout) -> list[int]:
     """All ranks; where they are too many the first data rank's, then the first tensor rank's."""
     places = {rank: layout.place(rank) for rank in range(layout.world_size)}
     for rest in (lambda place: False, lambda place: place.data, lambda place: place.data or place.tensor):
@@ -126,7 +126,7 @@ def _write_notes(layout: Layout, ranks: Sequence[int]) -> list[str]:
     return [*notes, "Activations and the engine's buffers come on top."]
 
 
-def _places(layout: Layout, rank: int) -> list[str]:
+def list_places(layout: Layout, rank: int) -> list[str]:
     """Where a rank stands, along every direction that has more than one place."""
     place = layout.place(rank)
     directions = (
@@ -150,7 +150,7 @@ def _memory_rows(memory: RankMemory) -> list[tuple[str, str]]:
 def _describe(title: str, holdings: Holdings, memory: Mapping[int, RankMemory], notes: Sequence[str]) -> str:
     lines = [f"{title}. Layers: {', '.join(holdings.layers)}"]
     for rank, found in memory.items():
-        where = ", ".join(_places(holdings.layout, rank))
+        where = ", ".join(list_places(holdings.layout, rank))
         held = [
             layer if count >= size else f"{count / size:.0%} of {layer}"
             for layer, count, size in zip(holdings.layers, holdings.kept(rank), holdings.sizes, strict=True)

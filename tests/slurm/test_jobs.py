@@ -158,17 +158,21 @@ def test_a_killed_rank(cluster: Cluster, undisturbed: RunFolder, tmp_path: Path)
 
 
 @pytest.mark.full
-def test_a_killed_srun(cluster: Cluster, undisturbed: RunFolder, tmp_path: Path) -> None:
-    """It tells nobody, and its tasks hold the run: the nodes end them, as the supervisor's file says that it went on."""
-    run = submit(write_config(tmp_path), *TWO_NODES, "--lives", "2")
+def test_a_killed_srun(cluster: Cluster, tmp_path: Path) -> None:
+    """It tells nobody, and its ranks would train on: the nodes end them when the supervisor's file shows the next life."""
+    run = submit(write_config(tmp_path, train_iters=1_000_000), *TWO_NODES, "--lives", "2")
     wait_for_step(cluster, run, 15)
+    old = [json.loads(run.life(1).rank_file(rank).read_text())["pid"] for rank in (0, 1)]
     sruns = [process for process in processes_with("SLURM_JOB_ID", job_of(run).job_id) if process.name() == "srun"]
     for act in (psutil.Process.suspend, psutil.Process.kill):  # it has a second process, which would tell of its end
         for process in sruns:
             act(process)
-    wait_for_outcome(cluster, run, "finished", "failed", timeout_s=AGAIN_S)
-    assert job_of(run).outcome == "finished", jobs.explain(cluster, run)
-    assert run.last_life() == 2 and losses(run) == losses(undisturbed)
+    wait_until(lambda: run.life(2).rank_file(0).exists(), jobs.JOB_S, lambda: jobs.explain(cluster, run))
+    assert not any(map(psutil.pid_exists, old))
+    resumed = last_step(run)
+    wait_for_step(cluster, run, resumed + 1)
+    slurm.cancel(job_of(run).job_id)
+    wait_for_state(cluster, run, "CANCELLED")
 
 
 @pytest.mark.full
