@@ -12,11 +12,20 @@ from typing import Any
 from biokit import __version__
 from biokit.errors import BiokitError, ConfigError
 from biokit.launch import commands_launch
+from biokit.view import plan_command
 
 EXIT_USER_ERROR = 2
 # commands that take a configuration, and their flags that are none of its keys
-OWN_FLAGS: dict[str, tuple[str, ...]] = {"train": (), "preprocess": (), "launch": commands_launch.SWITCHES}
-OWN_FLAGS_WITH_VALUE: dict[str, tuple[str, ...]] = {"launch": commands_launch.WITH_VALUE}
+OWN_FLAGS: dict[str, tuple[str, ...]] = {
+    "train": (),
+    "preprocess": (),
+    "launch": commands_launch.SWITCHES,
+    "plan": plan_command.SWITCHES,
+}
+OWN_FLAGS_WITH_VALUE: dict[str, tuple[str, ...]] = {
+    "launch": commands_launch.WITH_VALUE,
+    "plan": plan_command.WITH_VALUE,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
     commands_runs.add_parser(commands)
     commands_submit.add_parser(commands)
+    plan_command.add_parser(commands)
 
     doctor = commands.add_parser("doctor", help="versions, engines, kernels, devices; what to install for more")
     doctor.set_defaults(run=_run_doctor)

@@ -13,6 +13,7 @@ from tests.bench import (
     batches,
     checkpoints,
     corpora,
+    launching,
     memory,
     metrics,
     padding,
@@ -127,6 +128,29 @@ def test_a_tiny_run_of_checkpoints():
 
 def test_a_tiny_run_of_metrics():
     check_rows(metrics.measure(rounds=1))
+
+
+@pytest.mark.full
+def test_a_tiny_run_of_launching():
+    rows = launching.measure_first_steps(1) + launching.measure_nodes(1)
+    check_rows(rows + launching.measure_delay(5) + launching.measure_dashboard(1, 5))
+
+
+def test_first_steps_are_compared_with_torchrun_and_where_it_is_there_with_accelerate(monkeypatch):
+    times = {f"{who} {cell}": [2.0, 4.0] for who in ("torchrun", "accelerate") for cell in ("cold", "warm")}
+    times |= {"bare": [1.0, 2.0], "ranks cold": [4.0, 4.0], "ranks warm": [0.5, 0.7]}
+    for here in (True, False):
+        monkeypatch.setattr(launching, "HAVE_ACCELERATE", here)
+        rows = launching._compare_first_steps(times)
+        check_rows(rows)
+        assert str(rows[0]).startswith(
+            "| `%%torchrun`: cell to first step, cold | bare torchrun, from a shell | 3,000.0 ms"
+        )
+        assert any(launching.NO_ACCELERATE in str(row) for row in rows) is not here
+        assert "| 600.0 ms | 1 s | 0.60x | - | at most 1 s | yes |" in str(rows[-1])
+    times["ranks warm"] = [1.1]
+    monkeypatch.setattr(launching, "HAVE_ACCELERATE", False)
+    assert launching._compare_first_steps(times)[-1].met is False
 
 
 def test_shares_are_of_cpu_seconds():

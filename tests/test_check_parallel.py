@@ -47,7 +47,7 @@ def test_words_that_are_none(word: str) -> None:
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig, int]]:
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig, int]]:
     """Trainings that would be started; each leaves the losses of the configuration's `lr`, plus a little for ThreeD."""
     runs: list[tuple[RunConfig, int]] = []
 
@@ -80,6 +80,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig, int]]:
         return Done(folder)
 
     monkeypatch.setattr(module, "start_training", start)
+    monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))
     return runs
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -196,6 +195,20 @@ def test_a_checkpoint_that_takes_too_long_is_given_up(
     assert fake.said[-1] == ["scontrol", "requeue", "12"]
 
 
+def test_a_job_that_cannot_be_put_back_says_so(
+    fake: FakeSlurm, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A controller that does not answer about the job is asked to put it back all the same."""
+    fake.answer(squeue=(1, "", "Socket timed out\n"), scontrol=(1, "", "Requeue is disabled\n"))
+    assert run_job(folder, monkeypatch, FakeWork("stopped", {"r": 5}, [USR2])) == 1
+    told = read_job(folder)
+    assert told is not None and told.outcome == "failed" and "it is saved, but cannot be put back" in told.error
+    fake.answer(squeue=(1, "", "Socket timed out\n"))
+    assert run_job(folder, monkeypatch, FakeWork("stopped", {"r": 5}, [TERM])) == 0
+    told = read_job(folder)
+    assert told is not None and told.outcome == "stopped"  # it may have been cancelled
+
+
 def test_a_lost_node_is_no_failure(fake: FakeSlurm, folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
     running = (0, "12|RUNNING|node1|None\n", "")
@@ -325,13 +338,14 @@ def test_sruns_words(fake: FakeSlurm, tmp_path: Path) -> None:
     site = {"BIOKIT_SRUN": "--mpi=none '--comment=a b'", "BIOKIT_CONTAINER": "apptainer exec '/my image.sif'"}
     words = srun.srun_command(ON_TWO, odd, 1, {**INSIDE, **site})
     assert words[0] == "srun" and {"--nodes=2", "--ntasks=2", "--nodelist=n1,n2", "--kill-on-bad-exit=1"} <= set(words)
-    assert "--cpus-per-task=6" in words and "--comment=a b" in words
+    assert {"--cpus-per-task=6", "--cpu-bind=none"} <= set(words) and "--comment=a b" in words
     start = words.index("apptainer")
     assert words[start + 2] == "/my image.sif" and words[-3:-1] == [str(odd), "1"]
     host, _, port = words[-1].partition(":")
     assert host == "10.0.0.1" and 20_000 <= int(port) < 30_000
-    again = srun.srun_command(ON_TWO, odd, 2, INSIDE)[-1].partition(":")[2]
-    assert again != port
+    fake.answer(scontrol=(0, "n1\nn2\nn3\nNodeAddr=10.0.0.1\nTaskPlugin              = task/none\n", ""))
+    again = srun.srun_command(ON_TWO, odd, 2, INSIDE)
+    assert again[-1].partition(":")[2] != port and "--cpu-bind=none" not in again
     with pytest.raises(EngineError, match="not inside a Slurm allocation of so many"):
         srun.srun_command(replace(ON_TWO, num_nodes=4), odd, 1, INSIDE)
 
@@ -367,4 +381,3 @@ def test_a_node_hears_of_its_lifes_end(folder: RunFolder, monkeypatch: pytest.Mo
     monkeypatch.setattr(slurm_node, "SILENT_S", 0.05)
     time.sleep(0.1)
     assert "has said nothing" in silent.gone()
-    json.loads(folder.supervisor_file().read_text())

@@ -18,6 +18,7 @@ from traitlets.config import Config
 from biokit.__main__ import main
 from biokit.config import config_to_yaml, load_config
 from biokit.errors import BiokitError, ConfigError, DataError
+from biokit.launch import following
 from biokit.launch.commands_submit import add_arguments, prepare
 from biokit.launch.orders import read_order
 from biokit.launch.slurm import read_job, submit_script
@@ -194,6 +195,18 @@ def test_the_command(fake: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixt
     fake.answer(sbatch=(1, "", "sbatch: error: invalid account\n"), squeue=(1, "", "Invalid job id specified"))
     assert main(["submit", "small.yaml", "--no-follow"]) == 2
     assert "invalid account" in capsys.readouterr().err
+
+
+def test_leaving_a_job(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """An interrupt while following changes nothing for the job."""
+
+    def interrupt(_: RunFolder) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(following, "follow_job", interrupt)
+    assert main(["submit", "small.yaml"]) == 0
+    assert "job 12 goes on; look: biokit submit --follow" in capsys.readouterr().out
+    assert [words[0] for words in fake.said] == ["sbatch"]
 
 
 def test_the_magic(fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -41,7 +41,14 @@ pathlib.Path({ready!r} + os.environ["RANK"]).touch()
 """
 LOOP = COMING_UP + "while True:\n    time.sleep(0.02)\n"
 DEAF = "import signal\nfor number in (1, 2, 15):\n    signal.signal(number, signal.SIG_IGN)\n" + LOOP
-FAILS = COMING_UP + 'if os.environ["RANK"] == "1":\n    raise ValueError("the trial\'s")\n' + "time.sleep(600)\n"
+FAILS = (
+    COMING_UP
+    + """
+while os.environ["RANK"] == "0" or not os.path.exists({ready!r} + "go"):
+    time.sleep(0.02)
+raise ValueError("the trial's")
+"""
+)
 STUCK = (
     "import torch.distributed as dist\ndist.init_process_group('gloo')\n"
     + COMING_UP
@@ -202,6 +209,8 @@ def fail(trial: Trial, kernel: TrialKernel) -> None:
     kernel.run(cell(trial, names[0], FAILS, "%%torchrun --nproc-per-node 2 --bg"))
     message = kernel.begin(cell(trial, names[1], FAILS))
     trial.wait_ready(*names)
+    for name in names:
+        Path(f"{trial.ready(name)}go").touch()
     kernel.expect_error(message, ("RunFailed",))
     trial.check_left([kernel.pid])
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from biokit.launch.agent_file import PARENT, note_end
+from biokit.launch.rendezvous import elastic_variables
 from biokit.launch.tree import become_subreaper, end_with
 from biokit.runs import LifeFolder
 
@@ -21,7 +22,7 @@ def main(words: list[str]) -> int:
     life, node = LifeFolder(Path(words[0])), int(words[1])
     end_with(int(os.environ.get(PARENT, os.getppid())))
     become_subreaper()  # where the supervisor is killed, what the ranks left is found from here
-    os.environ[PARENT] = str(os.getpid())
+    os.environ |= {PARENT: str(os.getpid()), **elastic_variables(words[2:])}
     code, ranks = _run_torchrun(words[2:])
     note_end(life, node, code, ranks)
     return code

@@ -217,9 +217,8 @@ def _explain(run: Followed) -> str:
     with contextlib.suppress(RunError):
         if failure := read_failure(run.folder):
             return failure_card(failure).text
-    logs = sorted(run.folder.logs.glob("slurm-*.out")) or sorted(run.folder.path.parent.glob("logs/slurm-*.out"))
-    task = run.job.job_id.partition("_")[2]
-    own = [log for log in logs if not task or log.stem.endswith(f"_{task}")]
-    lines = own[-1].read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:] if own else []
-    tail = [f"the end of {own[-1]}:", *lines] if lines else []
+    logs = [folder / "logs" / f"slurm-{run.job.job_id}.out" for folder in (run.folder.path, run.folder.path.parent)]
+    own = [log for log in logs if log.is_file()]  # an array's stand beside its run folders
+    lines = own[0].read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:] if own else []
+    tail = [f"the end of {own[0]}:", *lines] if lines else []
     return "\n".join([*([run.job.error] if run.job.error else []), *tail]) or "It left no word."

@@ -58,12 +58,18 @@ class JobRun:
         elif outcome == states.FAILED and (lost := find_lost_node()):
             say(f"a node does not answer: {lost}")
             outcome, error = self._judge(outcome, error, before)
-        self.job = replace(self.job, outcome=outcome, error=error)
-        write_job(self.folder, self.job)  # before it is put back: that ends this process
-        say(f"{outcome}{f': {error}' if error else ''}")
-        if outcome == REQUEUED:
-            slurm.requeue(self.job.job_id)
+        self._note(outcome, error)
+        if outcome == REQUEUED:  # noted before: this process may be ended by it
+            try:
+                slurm.requeue(self.job.job_id)
+            except BiokitError as refused:
+                outcome = states.FAILED
+                self._note(outcome, f"it is saved, but cannot be put back into the queue: {refused}")
         return 0 if outcome in (states.FINISHED, states.STOPPED, REQUEUED) else 1
+
+    def _note(self, outcome: str, error: str) -> None:
+        write_job(self.folder, replace(self.job, outcome=outcome, error=error))
+        say(f"{outcome}{f': {error}' if error else ''}")
 
     def _look_after(self) -> None:
         """Until the work has ended, or what was to be saved is saved."""
@@ -114,9 +120,9 @@ class JobRun:
             return False
         try:
             return slurm.job_state(self.job.job_id) == "RUNNING"
-        except BiokitError as error:
+        except BiokitError as error:  # busy, or away: of a time limit that it has told of itself nothing need be asked
             say(str(error))
-            return False
+            return signal.SIGTERM not in self.told
 
     def _note_signal(self, number: int, _frame: Any) -> None:
         self.told.setdefault(number, time.monotonic())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import psutil
 
@@ -30,6 +31,19 @@ def rendezvous_flags(num_nodes: int, node_rank: int, endpoint: str, run_id: str,
     where = ["--nnodes", str(num_nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
     where += ["--rdzv-id", f"biokit-{run_id}", "--rdzv-conf", f"is_host={int(node_rank == 0)}"]
     return [*where, "--local-addr", local_addr] if local_addr else where
+
+
+def elastic_variables(torchrun: Sequence[str]) -> dict[str, str]:
+    """What torchrun needs in its environment where the number of nodes is a range, `--nnodes 1:2`; else nothing.
+
+    Args:
+        torchrun: its flags.
+    """
+    plain = [word.replace("_", "-") if word.startswith("--") else word for word in torchrun]
+    pairs = [tuple(word.split("=", 1)) for word in plain if "=" in word] + list(itertools.pairwise(plain))
+    ranges = any(name == "--nnodes" and ":" in value for name, value in pairs)
+    # torch 2.13: with the agents' store a node that comes later waits for ever
+    return {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if ranges else {}
 
 
 def find_local_address(endpoint: str) -> str:

@@ -44,10 +44,11 @@ def srun_command(order: Order, run_dir: Path, number: int, environment: Mapping[
         f"--nodelist={','.join(nodes)}",
         "--kill-on-bad-exit=1",
         "--overlap",  # with the step that this process itself is in
-        "--cpu-bind=none",  # the one task of a node is the parent of all its ranks
         "--input=none",
         f"--job-name={step_name(run_dir)}",
     ]
+    if _binds_tasks():
+        options.append("--cpu-bind=none")  # the one task of a node is the parent of all its ranks
     if cpus := environment.get("SLURM_CPUS_PER_TASK"):
         options.append(f"--cpus-per-task={cpus}")  # srun does not take it over by itself from 22.05 on
     endpoint = f"{find_address(nodes[0])}:{_choose_port(nodes[0], run_dir, number, environment)}"
@@ -104,6 +105,12 @@ def find_lost_node(environment: Mapping[str, str] = os.environ) -> str:
 def step_name(run_dir: Path) -> str:
     """Name of a run's steps: the same in all its lives, and no other run's."""
     return f"biokit-{hashlib.sha256(os.fsencode(run_dir.absolute())).hexdigest()[:12]}"
+
+
+def _binds_tasks() -> bool:
+    """Whether this cluster knows the binding of tasks; where it does not, srun says so at every start."""
+    said = ask_slurm(["scontrol", "show", "config"], "look at the cluster's configuration")
+    return re.search(r"^TaskPlugin\s*=\s*(task/none)?\s*$", said, re.MULTILINE) is None
 
 
 def _list_steps(job_id: str, name: str) -> list[str]:

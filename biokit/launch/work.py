@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from biokit.errors import BiokitError
+from biokit.errors import BiokitError, RunError
+from biokit.failures import read_failure
 from biokit.launch import states
 from biokit.launch.orders import read_order
 from biokit.launch.slurm import Job, read_job, write_job
@@ -82,9 +84,13 @@ class TrainingWork:
 
     def outcome(self) -> tuple[str, str]:
         state = states.read_state(self.folder)
-        ended = state is not None and state.outcome
-        outcome = ended or states.FAILED
-        return outcome, "" if self._process.returncode == 0 else f"see {self.folder.logs / 'supervisor.log'}"
+        outcome = state.outcome if state is not None and state.outcome else states.FAILED
+        if self._process.returncode == 0:
+            return outcome, ""
+        with contextlib.suppress(RunError):
+            if failure := read_failure(self.folder):
+                return outcome, failure.headline
+        return outcome, f"see {self.folder.logs / 'supervisor.log'}"
 
 
 class NotebookWork:

@@ -83,7 +83,7 @@ def adjust_device(device: Device, **figures: float) -> Device:
     """The device with a user's own figures; one that is 0 stays as it is. `tflops` holds for every precision."""
     for name, value in figures.items():
         if value < 0:
-            raise ConfigError(f"{name}={value:g}", "it is below 0", "Give a positive number")
+            raise ConfigError(f"figure {name}={value:g} of a device", "it is below 0", "Give a positive number")
     given = {name: value for name, value in figures.items() if value}
     if "tflops" in given:
         given["tflops"] = dict.fromkeys(device.tflops, given["tflops"])  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from biokit.planning.timing import Machine, StepTime, estimate_step
 
 GIB = 2**30
 RESERVE_GIB = {"cuda": 4.0, "cpu": 0.0}  # for the CUDA context, NCCL's buffers and the allocator's gaps
+TOLERANCE = 0.02  # of the time: closer ones cannot be told apart
+SIMPLEST = ("Single", "DDP", "Zero1", "Zero2", "Zero3", "Pipeline", "ThreeD", "ZeroInf")
 MOST_TIMES = 8  # as many devices are tried where no layout fits
 
 
@@ -71,7 +74,7 @@ class PlanTable:
     """All layouts of a run.
 
     Attributes:
-        plans: those that fit, fastest first.
+        plans: those that fit, fastest first (the simplest of those within TOLERANCE of it).
         too_large: those that do not, the one that needs least first.
         memory_gib: of a device; of which `reserve_gib` are not planned with.
     """
@@ -86,8 +89,13 @@ class PlanTable:
 
     @property
     def best(self) -> Plan:
-        """The fastest that fits."""
+        """The first."""
         return self.plans[0]
+
+    @property
+    def unit(self) -> tuple[str, int]:
+        """In which sizes are written: its name and its bytes."""
+        return ("MiB", GIB >> 10) if max(plan.peak.total for plan in self.plans) < GIB else ("GiB", GIB)
 
     @property
     def limit(self) -> float:
@@ -124,18 +132,18 @@ def plan_run(
     Raises:
         ConfigError: sizes that do not fit one another, or no layout that fits; says what would help.
     """
-    per_node = _check_sizes(config, num_gpus, gpus_per_node, length)
+    _check_sizes(config, num_gpus, gpus_per_node, length)
     reserve = RESERVE_GIB[device.kind] if reserve_gib < 0 else reserve_gib
     memory = memory_gib or device.memory_gib
     if memory <= reserve:
         found = f"{reserve:g} GiB of it are left to the driver and the libraries"
         raise ConfigError(f"GPU memory {memory:g} GiB", found, "Give more, or a smaller --reserve")
     job = Job(config, vocab_size or read_vocab_size(config), device.kind, length)
-    machine, limit = Machine(device, per_node), (memory - reserve) * GIB
+    machine, limit = Machine(device, gpus_per_node), (memory - reserve) * GIB
     found_plans = _make_plans(job, machine, num_gpus, limit)
-    fitting = sorted((plan for plan in found_plans if plan.fits), key=lambda plan: plan.step.total)
+    fitting = _rank([plan for plan in found_plans if plan.fits])
     if not fitting:
-        raise _no_fit(job, machine, num_gpus, found_plans, limit)
+        raise _no_fit(job, machine, num_gpus, found_plans, limit, reserve)
     too_large = sorted((plan for plan in found_plans if not plan.fits), key=lambda plan: plan.peak.total)
     return PlanTable(job, machine, num_gpus, memory, reserve, fitting, too_large)
 
@@ -149,38 +157,52 @@ def _make_plans(job: Job, machine: Machine, num_gpus: int, limit: float) -> list
     return [_fit(job, machine, case, limit) for case in list_cases(job, num_gpus)]
 
 
+def _rank(plans: Sequence[Plan]) -> list[Plan]:
+    """Fastest first; of those that are as fast as the fastest, within TOLERANCE, the simplest first."""
+    ranked = sorted(plans, key=lambda plan: plan.step.total)
+    equal = [plan for plan in ranked if plan.step.total <= (1 + TOLERANCE) * ranked[0].step.total]
+    simplest = sorted(equal, key=lambda plan: (plan.case.recompute, SIMPLEST.index(plan.case.layout.strategy)))
+    return simplest + ranked[len(equal) :]
+
+
 def _fit(job: Job, machine: Machine, case: Case, limit: float) -> Plan:
     while True:
         peaks = [find_peak(job.rank_shape(case, stage)) for stage in range(case.layout.pipeline)]
         plan = Plan(job, case, machine, peaks, limit)
-        growing = plan.peak.parts()["activations"]  # with the micro-batch
+        growing = max(1, plan.peak.parts()["activations"])  # with the micro-batch
         room = limit - plan.peak.total + growing
-        smaller = with_smaller_micro_batch(job, case, case.micro_batch_size * room / max(1, growing))
-        if plan.fits or room <= 0 or smaller is None:
+        smaller = None if plan.fits else with_smaller_micro_batch(job, case, case.micro_batch_size * room / growing)
+        if smaller is None:
             return plan
         case = smaller
 
 
-def _check_sizes(config: RunConfig, num_gpus: int, gpus_per_node: int, length: int) -> int:
-    """Devices that stand in a node.
+def _check_sizes(config: RunConfig, num_gpus: int, gpus_per_node: int, length: int) -> None:
+    """Refuse numbers that cannot be.
 
     Raises:
-        ConfigError: a number that cannot be.
+        ConfigError: names it.
     """
     if num_gpus < 1 or gpus_per_node < 1:
         asked = f"{num_gpus} GPUs, {gpus_per_node} a node"
         raise ConfigError(asked, "there must be one at least", "Give positive numbers")
-    if num_gpus > gpus_per_node and num_gpus % gpus_per_node:
+    if not _fill_nodes(num_gpus, gpus_per_node):
         near = -(-num_gpus // gpus_per_node) * gpus_per_node
         found = f"they do not fill nodes of {gpus_per_node}"
         raise ConfigError(f"{num_gpus} GPUs", found, f"Give a multiple, e.g. {near}, or another --gpus-per-node")
     if length > config.data.max_length or length < 0:
         found = f"the model has positions for data.max_length={config.data.max_length}"
         raise ConfigError(f"sequences of {length} tokens", found, f"Give 1 to {config.data.max_length}")
-    return min(num_gpus, gpus_per_node)
 
 
-def _no_fit(job: Job, machine: Machine, num_gpus: int, plans: Sequence[Plan], limit: float) -> ConfigError:
+def _fill_nodes(num_gpus: int, gpus_per_node: int) -> bool:
+    """Whether so many stand in one node or in full ones."""
+    return num_gpus <= gpus_per_node or num_gpus % gpus_per_node == 0
+
+
+def _no_fit(
+    job: Job, machine: Machine, num_gpus: int, plans: Sequence[Plan], limit: float, reserve: float
+) -> ConfigError:
     """What the least one needs, and what would help: recompute and small micro-batches have been tried."""
     least = min(plans, key=lambda plan: plan.peak.total)
     parts, total = least.peak.parts(), least.peak.total / GIB
@@ -190,7 +212,7 @@ def _no_fit(job: Job, machine: Machine, num_gpus: int, plans: Sequence[Plan], li
         f"{least} with micro-batches of {least.case.micro_batch_size}, needs {total:.1f} GiB, of which "
         f"{parts[largest] / GIB:.1f} are {largest}"
     )
-    helps = [f"{math.ceil(total)} GiB and more to plan with"]
+    helps = [f"GPUs of {math.ceil(total + reserve)} GiB"]
     more = _try_more_gpus(job, machine, num_gpus, limit)
     if more:
         helps.append(f"{more.case.layout.world_size} GPUs ({more}, micro-batches of {more.case.micro_batch_size})")
@@ -201,11 +223,11 @@ def _no_fit(job: Job, machine: Machine, num_gpus: int, plans: Sequence[Plan], li
 
 def _try_more_gpus(job: Job, machine: Machine, num_gpus: int, limit: float) -> Plan | None:
     """The fastest layout of the smallest multiple of the devices that fits; None: of no multiple up to MOST_TIMES."""
-    for factor in (2, 4, MOST_TIMES):
-        try:
-            plans = [plan for plan in _make_plans(job, machine, num_gpus * factor, limit) if plan.fits]
-        except ConfigError:
-            return None  # the batch cannot be dealt to so many
+    for number in (2 * num_gpus, 4 * num_gpus, MOST_TIMES * num_gpus):
+        plans = list[Plan]()
+        if _fill_nodes(number, machine.gpus_per_node):
+            with contextlib.suppress(ConfigError):  # the batch cannot be dealt to so many
+                plans = [plan for plan in _make_plans(job, machine, number, limit) if plan.fits]
         if plans:
             return min(plans, key=lambda plan: plan.step.total)
     return None

@@ -8,7 +8,7 @@ from biokit.config import config_to_dict
 from biokit.planning.communication import sum_traffic
 from biokit.planning.devices import HOP_S, LAUNCH_S, LINK_SHARE, MATMUL_SHARE, MEMORY_SHARE
 from biokit.planning.parts import PARTS
-from biokit.planning.plans import GIB, Plan, PlanTable, samples_per_step
+from biokit.planning.plans import GIB, TOLERANCE, Plan, PlanTable, samples_per_step
 
 MOST_ROWS = 12
 TIMES = {
@@ -25,7 +25,7 @@ def write_report(table: PlanTable, num_rows: int = MOST_ROWS) -> str:
     """The whole plan as text; `num_rows`: layouts shown, 0: all."""
     blocks = [
         describe_job(table),
-        _write_table(table.plans[: num_rows or None]),
+        _write_table(table.plans[: num_rows or None], table.unit),
         _count_hidden(table, num_rows),
         explain_best(table),
         _describe_messages(table.best),
@@ -39,7 +39,7 @@ def describe_job(table: PlanTable) -> str:
     """The run and the machine, in two lines."""
     job, config, device = table.job, table.job.config, table.machine.device
     model = f"{config.model.name} {config.model.preset}"
-    nodes = table.num_gpus // table.machine.gpus_per_node
+    nodes = -(-table.num_gpus // table.machine.gpus_per_node)
     return (
         f"{model}: {job.num_parameters:,} parameters, {samples_per_step(table):,} samples a step of "
         f"{job.rehearsal.length} tokens a side, {config.train.precision}\n"
@@ -48,18 +48,18 @@ def describe_job(table: PlanTable) -> str:
     )
 
 
-def list_cells(plan: Plan) -> dict[str, str]:
-    """A plan's row: head -> cell."""
-    parts = plan.peak.parts()
-    seconds = plan.step.parts
+def list_cells(plan: Plan, unit: tuple[str, int]) -> dict[str, str]:
+    """A plan's row: head -> cell; `unit`: of sizes, its name and its bytes."""
+    parts, seconds = plan.peak.parts(), plan.step.parts
+    name, size = unit
     return {
         "layout": str(plan.case.layout),
         "micro": f"{plan.case.num_micros} x {plan.case.micro_batch_size}",
         "recompute": "yes" if plan.case.recompute else "no",
-        "GiB a rank": f"{plan.peak.total / GIB:.2f}",
-        **{part: f"{parts[part] / GIB:.2f}" for part in PARTS},
+        f"{name} a rank": f"{plan.peak.total / size:.2f}",
+        **{part: f"{parts[part] / size:.2f}" for part in PARTS},
         "ms a step": f"{1e3 * plan.step.total:.1f}",
-        **{name: f"{1e3 * seconds[name]:.1f}" for name in TIMES},
+        **{part: f"{1e3 * seconds[part]:.1f}" for part in TIMES},
     }
 
 
@@ -74,6 +74,11 @@ def explain_best(table: PlanTable) -> str:
     )
     if len(table.plans) > 1:
         words += f" {_compare(best, table.plans[1])}"
+    host = best.peak.host / GIB
+    if host >= 1:
+        words += (
+            f" It keeps {host:.1f} GiB a rank, {host * table.machine.gpus_per_node:,.0f} a node, in the host's memory."
+        )
     changed = list_settings(best)
     return words + (f"\nRun it with: {' '.join(changed)}" if changed else "\nThe configuration asks for it already.")
 
@@ -107,17 +112,18 @@ def list_assumptions(table: PlanTable) -> list[str]:
         f"of the memory's, {LINK_SHARE:.0%} of the links'",
         f"an operation takes {LAUNCH_S * 1e6:g} us to start; a hop {HOP_S[True] * 1e6:g} us in a node, "
         f"{HOP_S[False] * 1e6:g} us between nodes; rings over the adapters of all GPUs of a group",
-        f"every sequence has {table.job.rehearsal.length} tokens: shorter ones need less; --sequence-length gives a "
-        "typical length",
+        f"every sequence has {table.job.rehearsal.length} tokens: shorter ones need less (--sequence-length); "
+        "micro-batches are the configured ones, smaller where those do not divide the batch or do not fit",
         f"{table.reserve_gib:g} GiB a GPU are left to the driver, NCCL and the allocator's gaps (not measured)",
         "activations and operations are those of the model's own layers, run without storage; DDP and DeepSpeed with "
         "overlap_comm hide messages behind the backward pass, nothing hides those of tensor ranks and stages",
+        "ZeroInf's update, in the host's memory, runs at the rate of the link to the host",
         "reading data, metrics and checkpoints take no time; the times have not been measured on such a machine",
     ]
 
 
-def _write_table(plans: Sequence[Plan]) -> str:
-    rows = [list_cells(plan) for plan in plans]
+def _write_table(plans: Sequence[Plan], unit: tuple[str, int]) -> str:
+    rows = [list_cells(plan, unit) for plan in plans]
     heads = list(rows[0])
     widths = {head: max(len(head), *(len(row[head]) for row in rows)) for head in heads}
     lines = [{head: head for head in heads}, *rows]
@@ -136,8 +142,12 @@ def _compare(best: Plan, other: Plan) -> str:
     lost = {name: other.step.parts[name] - best.step.parts[name] for name in TIMES}
     dearest = max(lost, key=lambda name: lost[name])
     share = other.step.total / best.step.total - 1
+    close = abs(share) <= TOLERANCE
+    longer = (
+        f"takes {share:.1%} longer" if not close else f"({share:+.1%}) is as fast within {TOLERANCE:.0%}, less simple"
+    )
     return (
-        f"The next, {other}, takes {share:.1%} longer: {1e3 * other.step.parts[dearest]:.1f} instead of "
+        f"The next, {other}, {longer}: {1e3 * other.step.parts[dearest]:.1f} instead of "
         f"{1e3 * best.step.parts[dearest]:.1f} ms for {TIMES[dearest]}."
     )
 

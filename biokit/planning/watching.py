@@ -164,7 +164,9 @@ class DeviceKernels(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
         if func in MATMULS and self.dtype != torch.float32:
-            args, kwargs = [self.cast(value) for value in args], {k: self.cast(v) for k, v in kwargs.items()}
+            # from the last one, as torch's compiled autocast does: it decides which gradient is ready first
+            args = [self.cast(value) for value in reversed(args)][::-1]
+            kwargs = {key: self.cast(value) for key, value in kwargs.items()}
         return func(*args, **kwargs)
 
     def cast(self, value: Any) -> Any:

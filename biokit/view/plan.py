@@ -67,7 +67,7 @@ def show_plan(table: PlanTable, title: str = "") -> Picture:
     )
     for line, words in enumerate(heading):
         canvas.text(MARGIN, 42 + 18 * line, words, size=12, colour=GREY)
-    _draw_layouts(canvas, tops[0], shown)
+    _draw_layouts(canvas, tops[0], shown, table.unit)
     for line, words in enumerate(why):
         canvas.text(MARGIN, tops[1] + 14 + 17 * line, words, size=12)
     _draw_ranks(canvas, tops[2], table, holdings, ranks, row)
@@ -82,17 +82,18 @@ def _choose_columns(layout: Layout) -> list[int]:
     return choose_ranks(layout)
 
 
-def _draw_layouts(canvas: Canvas, top: float, plans: Sequence[Plan]) -> None:
+def _draw_layouts(canvas: Canvas, top: float, plans: Sequence[Plan], unit: tuple[str, int]) -> None:
     """A row a layout: its need and its step, the time by part."""
     canvas.text(MARGIN, top + 10, "Layouts that fit, fastest first", size=13, bold=True)
-    canvas.text(LABEL + 116, top + 10, "GiB a rank", size=12, align="right", colour=GREY)
+    name, size = unit
+    canvas.text(LABEL + 116, top + 10, f"{name} a rank", size=12, align="right", colour=GREY)
     left, width = LABEL + 140, WIDTH - LABEL - 140 - 100
     canvas.text(left, top + 10, "a step's time", size=12, colour=GREY)
     longest = max(plan.step.total for plan in plans)
     for number, plan in enumerate(plans):
         y = top + 30 + ROW * number
         canvas.text(MARGIN, y + 8, str(plan), size=12, bold=not number)
-        canvas.text(LABEL + 116, y + 8, f"{plan.peak.total / GIB:.1f}", size=12, align="right")
+        canvas.text(LABEL + 116, y + 8, f"{plan.peak.total / size:.1f}", size=12, align="right")
         x = float(left)
         for name, seconds in plan.step.parts.items():
             across = width * seconds / longest
@@ -128,9 +129,10 @@ def _draw_ranks(
             size = 12 if line == 0 else min(11.0, 1.7 * width / max(1, len(words)))
             canvas.text(x + width / 2 - 3, top + 32 + 15 * line, words, size=size, bold=not line, align="center")
         _draw_layers(canvas, holdings, rank, (x, head, width - 6, row))
-        _draw_memory(canvas, (x, foot, width - 6), best, layout.place(rank).pipeline, table.memory_gib * GIB)
+        _draw_memory(canvas, (x, foot, width - 6), table, layout.place(rank).pipeline)
     parts = best.peak.parts()
-    key = {f"{part} {parts[part] / GIB:.2f} GiB": PART_COLOURS[part] for part in PARTS}
+    unit, size = table.unit
+    key = {f"{part} {parts[part] / size:.2f} {unit}": PART_COLOURS[part] for part in PARTS}
     canvas.text(MARGIN, foot + BAR_HEIGHT + 22, "fullest rank:", size=12)
     _draw_key(canvas, (MARGIN + 96, foot + BAR_HEIGHT + 22), key)
 
@@ -152,11 +154,10 @@ def _draw_layers(canvas: Canvas, holdings: Holdings, rank: int, box: tuple[float
             )
 
 
-def _draw_memory(canvas: Canvas, box: tuple[float, float, float], plan: Plan, stage: int, most: float) -> None:
-    """A rank's memory as a column of parts, up to the device's; `box` is (left, top, width)."""
+def _draw_memory(canvas: Canvas, box: tuple[float, float, float], table: PlanTable, stage: int) -> None:
+    """The memory of a stage's rank as a column of parts, up to the device's; `box` is (left, top, width)."""
     x, top, width = box
-    peak = plan.peaks[stage]
-    most = max(most, peak.total)
+    peak, most = table.best.peaks[stage], table.memory_gib * GIB
     bottom = top + BAR_HEIGHT
     canvas.bar(x, top, width, BAR_HEIGHT, PALE)
     y = float(bottom)
@@ -164,17 +165,17 @@ def _draw_memory(canvas: Canvas, box: tuple[float, float, float], plan: Plan, st
         down = BAR_HEIGHT * nbytes / most
         y -= down
         canvas.bar(x, y, width, down, PART_COLOURS[part])
-    limit = bottom - BAR_HEIGHT * plan.limit / most
+    limit = bottom - BAR_HEIGHT * table.limit / most
     canvas.line((x - 2, limit), (x + width + 2, limit), VERMILLION, dashed=True)
-    canvas.text(x + width / 2, max(top + 8, y - 9), f"{peak.total / GIB:.1f}", size=12, align="center", bold=True)
+    above = y - 9 if y - 18 > limit or y > bottom - 20 else y + 10  # never on the limit's line
+    canvas.text(x + width / 2, above, f"{peak.total / table.unit[1]:.1f}", size=12, align="center", bold=True)
 
 
 def _draw_timeline(canvas: Canvas, top: float, plan: Plan, stages: range) -> None:
     """What each stage does when, in one step."""
     step, layout = plan.step, plan.case.layout
-    bubble = f", the bubble of its {layout.pipeline} stages {step.bubble_share:.0%} of the slots" * (
-        layout.pipeline > 1
-    )
+    bubble = f"; bubble {step.bubble_share:.0%} of the slots, stages wait {step.idle:.0%} of their time"
+    bubble *= layout.pipeline > 1
     several = f"{plan.case.num_micros} micro-batch{'es' * (plan.case.num_micros > 1)} of {plan.case.micro_batch_size}"
     words = f"A step of {several}: {1e3 * step.total:,.1f} ms{bubble}"
     canvas.text(MARGIN, top + 12, words, size=13, bold=True)
@@ -206,6 +207,8 @@ def _draw_spans(canvas: Canvas, place: tuple[float, float, float], spans: Sequen
 def _draw_key(canvas: Canvas, place: tuple[float, float], entries: Mapping[str, Rgb]) -> None:
     x, y = place
     for words, colour in entries.items():
+        if x + 24 + 7 * len(words) > WIDTH:
+            x, y = place[0], y + 17
         canvas.box(x, y - 6, 18, 12, fill=colour, edge=FRAME, line_width=0.6)
         canvas.text(x + 24, y, words, size=12, colour=INK)
         x += 42 + 6.4 * len(words)
@@ -217,9 +220,12 @@ def _wrap(words: str) -> list[str]:
 
 def _describe_ranks(table: PlanTable) -> str:
     """The best layout's memory by stage, in words."""
-    lines = [f"Memory of {table.best} at the fullest instant of each stage's ranks:"]
+    unit, size = table.unit
+    lines = [f"Memory of {table.best} at the fullest instant of each stage's ranks, in {unit}:"]
     for stage, peak in enumerate(table.best.peaks):
-        lines.append(f"  stage {stage}, {peak.where}: {peak.total / GIB:.2f} GiB")
-        lines += [f"    {item.nbytes / GIB:8.3f} {item.part}: {item.what}" for item in peak.items if not item.on_host]
-        lines += [f"    {item.nbytes / GIB:8.3f} on the host: {item.what}" for item in peak.items if item.on_host]
+        lines.append(f"  stage {stage}, {peak.where}: {peak.total / size:.2f}")
+        lines += [
+            f"    {item.nbytes / size:9.3f} {'on the host' if item.on_host else item.part}: {item.what}"
+            for item in peak.items
+        ]
     return "\n".join(lines)

@@ -28,6 +28,7 @@ NAMES = (
     "checkpoints",
     "memory",
     "metrics",
+    "launching",
 )
 NEED_TRANSFORMERS = {"batches", "training_step"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,19 +130,48 @@ def test_usr2_saves_and_puts_back(cluster: Cluster, undisturbed: RunFolder, tmp_
     assert "put back 1 times" in (run.logs / f"slurm-{job_of(run).job_id}.out").read_text()
 
 
-@pytest.mark.parametrize("epilog", [False, True], ids=["no epilog", "epilog"])
-def test_scancel_leaves_nothing(cluster: Cluster, tmp_path: Path, epilog: bool) -> None:
-    cluster.use_epilog(epilog)
+def test_scancel_leaves_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    """Without an epilog's help: all that biokit starts ends by itself, on both nodes."""
     run = submit(write_config(tmp_path), *TWO_NODES)
     wait_for_step(cluster, run, 10)
+    assert cancel_and_count(cluster, run) >= 8  # the job, its supervisor, srun; on each node its part, agent and rank
+
+
+@pytest.mark.full
+def test_scancel_of_a_notebook_leaves_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    notebook = write_notebook(tmp_path, write_config(tmp_path), ON_TWO_NODES)
+    run = submit(notebook, "--nodes", "2", "--run-dir", tmp_path / "out")
+    wait_for_step(cluster, run, 10)
+    assert cancel_and_count(cluster, run) >= 10  # papermill and the kernel too
+
+
+def cancel_and_count(cluster: Cluster, run: RunFolder) -> int:
+    """Cancel a job and see that nothing of it is left, and that it does not come back; how many processes it had."""
     job_id = job_of(run).job_id
-    assert len(processes_with("SLURM_JOB_ID", job_id)) >= 6  # the job, its supervisor, srun, and on each node ...
+    count = len(processes_with("SLURM_JOB_ID", job_id))
     slurm.cancel(job_id)
     wait_until(lambda: not processes_with("SLURM_JOB_ID", job_id), 20, lambda: jobs.explain(cluster, run))
     wait_for_state(cluster, run, "CANCELLED", timeout_s=20)
     time.sleep(1.0)
     assert processes_with("SLURM_JOB_ID", job_id) == []
-    assert job_of(run).outcome in ("", "stopped", "interrupted")  # "": killed after KillWait; never put back
+    assert job_of(run).outcome in ("", "stopped", "interrupted")  # "": killed after KillWait
+    return count
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("is_on", [False, True], ids=["without", "with"])
+def test_the_epilog_recipe(cluster: Cluster, tmp_path: Path, is_on: bool) -> None:
+    """What other programs' jobs leave on a node is ended by it, and by nobody else."""
+    cluster.use_epilog(is_on)
+    command = f'{sys.executable} -c \'import subprocess; subprocess.Popen(["sleep", "300"], start_new_session=True)\''
+    job_id = cluster.ask("sbatch", "--parsable", f"--output={tmp_path}/out", "--wrap", command)
+    state = ["squeue", "-h", "-t", "all", "-j", job_id, "-o", "%T"]
+    wait_until(lambda: cluster.ask(*state) == "COMPLETED", 30)
+    left = processes_with("SLURM_JOB_ID", job_id)
+    cluster.use_epilog(False)
+    for process in left:
+        process.kill()
+    assert len(left) == (0 if is_on else 1)
 
 
 @pytest.mark.full
@@ -159,7 +189,7 @@ def test_a_killed_rank(cluster: Cluster, undisturbed: RunFolder, tmp_path: Path)
 
 @pytest.mark.full
 def test_a_killed_srun(cluster: Cluster, tmp_path: Path) -> None:
-    """It tells nobody, and its ranks would train on: the nodes end them when the supervisor's file shows the next life."""
+    """It tells nobody, and its ranks would train on: the nodes end them when the supervisor's file shows a new life."""
     run = submit(write_config(tmp_path, train_iters=1_000_000), *TWO_NODES, "--lives", "2")
     wait_for_step(cluster, run, 15)
     old = [json.loads(run.life(1).rank_file(rank).read_text())["pid"] for rank in (0, 1)]
