@@ -211,12 +211,13 @@ def _own_line(one: RankError) -> tuple[Frame, ...]:
 
 def _launcher_error(left: LifeFolder) -> RankError:
     """Where no rank tells anything: what torchrun said."""
-    for node in _numbers_of(left.agent_file(0).parent):
-        code = to_whole(read_object(left.agent_file(node)).get("code"))
-        if code:
-            lines = [line for line in read_tail(left.agent_log(node)).splitlines() if line.strip()]
-            said = lines[-1].strip() if lines else "it said nothing"
-            return RankError(LAUNCHER, 0.0, "", f"exit code {code} on node {node}", said, exit_code=code)
+    ends = {node: read_object(left.agent_file(node)) for node in _numbers_of(left.agent_file(0).parent)}
+    failed = [node for node, end in ends.items() if to_whole(end.get("code"))]
+    for node in sorted(failed, key=lambda node: to_number(ends[node].get("time")))[:1]:  # the others go with the first
+        code = to_whole(ends[node].get("code"))
+        lines = [line for line in read_tail(left.agent_log(node)).splitlines() if line.strip()]
+        said = lines[-1].strip() if lines else "it said nothing"
+        return RankError(LAUNCHER, 0.0, "", f"exit code {code} on node {node}", said, exit_code=code)
     return RankError(LAUNCHER, 0.0, "", "no end", "no rank left an error, and torchrun did not tell how it ended")
 
 

@@ -133,7 +133,8 @@ def test_a_life_that_fails_on_one_node_ends_on_both_and_the_next_begins_on_both(
         (pair.folder.life(life).path / f"agent_{node}.txt").read_text() for node in range(2) for life in (1, 2)
     }
     assert len(endpoints) == 2 and f"127.0.0.1:{pair.port}" not in endpoints
-    assert json.loads(pair.folder.failure_file.read_text())["life"] == 1
+    failure = json.loads(pair.folder.failure_file.read_text())
+    assert failure["life"] == 1 and "exit code 3 on node 1" in failure["headline"]
 
 
 def test_what_is_asked_of_one_supervisor_ends_both(pair: Pair) -> None:

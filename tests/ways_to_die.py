@@ -65,6 +65,7 @@ class Trial:
     mark: str = field(default_factory=lambda: secrets.token_hex(8))
     faults: list[str] = field(default_factory=list)
     num_left: int = 0
+    done_at: float = 0.0
 
     @property
     def variables(self) -> dict[str, str]:
@@ -89,9 +90,14 @@ class Trial:
         if len(found) < len(wanted):
             self.faults.append(f"{len(wanted)} ranks are up, and {len(found)} of them are seen")
 
+    def begin_count(self) -> None:
+        """The deed is done: the time runs."""
+        self.done_at = time.monotonic()
+
     def check_left(self, spared: Collection[int] = (), limit_s: float = LEFT_S) -> None:
-        """Note who is left that many seconds from now, and kill them."""
-        end = time.monotonic() + limit_s
+        """Note who is left that many seconds after the deed (else from now), and kill them."""
+        end = (self.done_at or time.monotonic()) + limit_s
+        self.done_at = 0.0
         while (left := self.list_left(spared)) and time.monotonic() < end:
             time.sleep(0.05)
         self.num_left += len(left)
@@ -189,6 +195,7 @@ def interrupt(trial: Trial, kernel: TrialKernel, program: str = LOOP) -> None:
     trial.wait_ready(name)
     time.sleep(0.3)  # until those who wait do wait
     kernel.manager.interrupt_kernel()
+    trial.begin_count()
     kernel.expect_error(message, ("KeyboardInterrupt",))
     trial.check_left([kernel.pid])
 
@@ -211,6 +218,7 @@ def fail(trial: Trial, kernel: TrialKernel) -> None:
     trial.wait_ready(*names)
     for name in names:
         Path(f"{trial.ready(name)}go").touch()
+    trial.begin_count()
     kernel.expect_error(message, ("RunFailed",))
     trial.check_left([kernel.pid])
 
@@ -225,6 +233,7 @@ def kill_inside(trial: Trial, kernel: TrialKernel, module: str) -> None:
         with contextlib.suppress(psutil.Error):
             if module in process.cmdline()[:5]:
                 process.kill()
+    trial.begin_count()
     kernel.expect_error(message)
     trial.check_left([kernel.pid])
 
@@ -246,6 +255,7 @@ def interrupt_warm(trial: Trial, kernel: TrialKernel) -> None:
     trial.wait_ready(name)
     kernel.manager.interrupt_kernel()
     kernel.expect_error(message, ("KeyboardInterrupt",))
+    trial.begin_count()
     kernel.run("%ranks --stop")
     trial.check_left([kernel.pid])
 
@@ -327,6 +337,7 @@ def end_papermill(trial: Trial, number: signal.Signals, words: Callable[[Path], 
     """A signal to what runs the notebook."""
     with running(trial, words(write_notebook(trial))) as program:
         program.send_signal(number)
+        trial.begin_count()
         with contextlib.suppress(subprocess.TimeoutExpired):
             program.wait(LEFT_S)
         if program.poll() is None:
@@ -350,6 +361,7 @@ def time_out(trial: Trial) -> None:
         try:
             if program.wait(READY_S) == 0:
                 trial.faults.append("the time-out passed for a success")
+            trial.begin_count()
         except subprocess.TimeoutExpired:
             trial.faults.append("papermill goes on after the time-out")
 

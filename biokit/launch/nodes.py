@@ -105,6 +105,10 @@ class NodeSupervisor(Supervisor):
         self._ask()
         time.sleep(self.limits.poll_s)
 
+    def _did_not_come(self, nodes: list[int]) -> str:
+        name = self.meeting.name(nodes)
+        return f"{name} did not come within {COME_S:g} s: was it started, and does it see {self.folder.path}?"
+
     def _give_up(self, why: str) -> str:
         """The run cannot go on; its outcome."""
         if not self.lost:
@@ -145,7 +149,7 @@ class LeadingSupervisor(NodeSupervisor):
             if self._ask():
                 return self._end_without_life()
             if time.monotonic() - begun > COME_S:
-                return self._give_up(f"{self.meeting.name(absent)} did not come within {COME_S:g} s")
+                return self._give_up(self._did_not_come(absent))
             if time.monotonic() - said > SAY_S:
                 said = time.monotonic()
                 say(f"waiting for {self.meeting.name(absent)}")
@@ -229,7 +233,7 @@ class FollowingSupervisor(NodeSupervisor):
                 if now - asked_at > LAST_WORD_S:
                     return self._end_without_life()
             elif not leader.word and now - begun > COME_S:
-                return self._give_up(f"{self.meeting.name([LEADER])} did not come within {COME_S:g} s")
+                return self._give_up(self._did_not_come([LEADER]))
         return ""
 
     def _failed_elsewhere(self, number: int) -> str:

@@ -115,7 +115,7 @@ def _placing(request: JobRequest, site: Site) -> list[str]:
     elif not {"cpus-per-task", "exclusive"} & set(site.sbatch):
         lines.append(_option("cpus-per-task", str(request.num_processes)))
     if request.num_tasks:
-        lines += ["# One task of the array a run folder: 000, 001, ..."]
+        lines += ["# Each task of the array has a run folder of its own: 000, 001, ..."]
         lines += [_option("array", f"0-{request.num_tasks - 1}")]
     return lines
 

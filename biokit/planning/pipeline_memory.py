@@ -42,10 +42,8 @@ def list_leftovers(shape: RankShape, idle: bool, sent: bool = False) -> list[Ite
     items = [Item("buffers", "places for tensors that arrive", places)]
     if shape.is_last:
         gradients = sum(value.nbytes for value in use.inputs if value.is_float) if shape.stage else 0
-        slots = min(shape.num_micros, 2)
-        others = (
-            slots if idle else max(slots - 1, 1 - sent)
-        )  # of one slot the old content stays until there is a new one
+        slots = min(shape.num_micros, 2)  # what is in one stays until there is something new
+        others = slots if idle else max(slots - 1, 1 - sent)
         one = _output_bytes(shape) + _received_bytes(shape) + gradients
         items.append(Item("buffers", "logits of the micro-batches before, and what they hold", others * one))
     return items

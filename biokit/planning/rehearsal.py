@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from biokit.config import RunConfig
+from biokit.errors import ConfigError
 from biokit.exchange.source import Blueprint
+from biokit.kernels.dispatch import reference_forced
 from biokit.parallel.folding import PRECISIONS, checkpoint_layer, fold_layers, token_loss
 from biokit.planning.cut_layers import PartitionedInputs, TensorRank, cut_layer, cut_loss
 from biokit.planning.watching import Cost, DeviceKernels, Watch, address_of
@@ -61,6 +63,11 @@ class Output:
     backward: Cost = field(default_factory=Cost)
     kept: bool = False
 
+    @property
+    def is_made(self) -> bool:
+        """Whether it is a float that the layer computes."""
+        return self.shape.is_float and self.source < 0
+
 
 @dataclass(frozen=True)
 class LayerUse:
@@ -98,9 +105,15 @@ class Rehearsal:
     Args:
         kind: of device, `cuda` or `cpu`: its kernels decide what is kept.
         length: tokens of every sequence; 0: `data.max_length`.
+
+    Raises:
+        ConfigError: the plain kernels are asked for.
     """
 
     def __init__(self, config: RunConfig, vocab_size: int, kind: str, length: int = 0) -> None:
+        if reference_forced():
+            found = "the plain cross entropy picks tokens by their values, and a rehearsal has none"
+            raise ConfigError("a plan with BIOKIT_KERNELS=reference", found, "Unset BIOKIT_KERNELS")
         self.config, self.kind, self.blueprint = config, kind, Blueprint(config, vocab_size)
         self.length = length or config.data.max_length
         self._layers: dict[Any, LayerUse] = {}
@@ -215,10 +228,10 @@ def _rehearse(
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), watch:
         warnings.simplefilter("ignore")  # of torch's own, about tensors without storage
         passed = _pass(run, carry, watch)
-        alone = _split_backward(run, carry, watch) if sum(map(_is_made, passed.outputs)) > 1 else {}
+        alone = _split_backward(run, carry, watch) if sum(output.is_made for output in passed.outputs) > 1 else {}
     parts = tuple(getattr(checkpointed, "parts", ()))[: len(carry)] or (0,) * len(carry)
     outputs = tuple(
-        replace(output, backward=alone.get(place, passed.backward) if _is_made(output) else Cost())
+        replace(output, backward=alone.get(place, passed.backward) if output.is_made else Cost())
         for place, output in enumerate(passed.outputs)
     )
     return LayerUse(
@@ -291,10 +304,6 @@ def _split_backward(
             value.backward(torch.empty_like(value), retain_graph=True)
         costs[place] = watch.restart()
     return costs
-
-
-def _is_made(output: Output) -> bool:
-    return output.shape.is_float and output.source < 0
 
 
 def _list_nodes(start: Any) -> set[Any]:

@@ -158,8 +158,13 @@ def _describe_messages(plan: Plan) -> str:
     if not found:
         return ""
     words = [f"{kind} {number:,} of {nbytes / 1e6:,.1f} MB in all" for kind, (number, nbytes) in found.items()]
-    bubble = f"; bubble (1F1B) {plan.step.bubble_share:.1%} of the slots" if plan.case.layout.pipeline > 1 else ""
-    return f"Messages of its fullest rank in a step: {', '.join(words)}{bubble}."
+    text = f"Messages of its fullest rank in a step: {', '.join(words)}."
+    if plan.case.layout.pipeline > 1:
+        text += f" Bubble (1F1B): {plan.step.bubble_share:.1%} of the slots; stages wait {plan.step.idle:.1%} of their time."
+    repeated = sum(use.num_repeated for use in plan.job.stage_uses(plan.case))
+    if repeated:
+        text += f" DeepSpeed goes back twice through {repeated} layers, which lead to two tensors that their stage hands on."
+    return text
 
 
 def _explain_too_large(table: PlanTable) -> str:

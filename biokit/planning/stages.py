@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -41,7 +42,7 @@ class StageUse:
         forward, backward: instants of each pass, in order.
         costs: of the two passes, in which a layer may be passed through twice.
         inputs, outputs: the carry before the first and behind the last layer.
-        num_repeated: layers whose backward pass runs twice.
+        num_repeated: layers through which DeepSpeed's pipeline goes back more than once for the same output.
     """
 
     layers: Sequence[LayerUse]
@@ -50,7 +51,7 @@ class StageUse:
     kept: int = 0
     forward: list[Moment] = field(default_factory=list)
     backward: list[Moment] = field(default_factory=list)
-    costs: tuple[Cost, Cost] = (Cost(), Cost())
+    costs: tuple[Cost, Cost] = field(default_factory=lambda: (Cost(), Cost()))
     num_repeated: int = 0
 
 
@@ -86,7 +87,7 @@ def use_stage(layers: Sequence[LayerUse], inputs: Sequence[Shape], own_inputs: b
         for number in floats:
             backward.go({number}, retain=number != floats[-1])
     use.costs = sum((layer.forward for layer in layers), Cost()), backward.cost
-    use.num_repeated = sum(times > 1 for times in backward.times)
+    use.num_repeated = len({number for (number, _), times in backward.times.items() if times > 1})
     return use
 
 
@@ -154,23 +155,24 @@ class _Backward:
 
     def __init__(self, use: StageUse, ledger: _Ledger) -> None:
         self.use, self.ledger, self.gone, self.cost = use, ledger, set[int](), Cost()
-        self.times, self.num_ready = [0] * len(use.layers), 0
+        self.times: Counter[tuple[int, int]] = Counter()  # of each output of each layer
+        self.ready, self.num_ready = set[int](), 0
 
     def go(self, active: set[int], retain: bool) -> None:
         """From these outputs of the last layer back to the first; `retain`: another pass will follow."""
         for number in reversed(range(len(self.use.layers))):
             layer = self.use.layers[number]
-            made = [layer.outputs[place] for place in active if layer.outputs[place].source < 0]
+            made = [place for place in active if layer.outputs[place].is_made]
             passed = {layer.outputs[place].source for place in active} - {-1}
-            made = [output for output in made if output.shape.is_float]
-            active = passed.union(*(output.needs for output in made))
+            active = passed.union(*(layer.outputs[place].needs for place in made))
             if not made:
                 continue
-            self.cost += made[0].backward if len(made) == 1 else layer.backward
+            self.cost += layer.outputs[made[0]].backward if len(made) == 1 else layer.backward
             alive = self.ledger.alive_backward(number, self.gone)
             peak = layer.retained_peak if retain else layer.backward_peak
             self.use.backward.append(Moment(layer.name, "backward", alive + peak, self.num_ready))
-            self.num_ready += 0 if self.times[number] else sum(layer.weights.values())
-            self.times[number] += 1
+            self.num_ready += 0 if number in self.ready else sum(layer.weights.values())
+            self.ready.add(number)
+            self.times.update((number, place) for place in made)
             if not retain:
                 self.gone.add(number)
