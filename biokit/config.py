@@ -245,7 +245,7 @@ def _find(source: str | Path) -> Path:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         raise ConfigError(
             f"config {path}", f"it cannot be read ({' '.join(str(error).split())})", "Mend the file"
         ) from error

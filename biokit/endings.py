@@ -16,7 +16,7 @@ MAX_HEADLINE = 200
 FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT", "KeyboardInterrupt")
 _LOST = (
     "gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "failed to recv", "Broken pipe",
-    "client socket has timed out", "wait timeout after",
+    "client socket has timed out", "wait timeout after", "Application timeout caused pair closure",
 )  # fmt: skip
 
 

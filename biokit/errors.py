@@ -13,11 +13,16 @@ class BiokitError(Exception):
     """An error that a user can mend. `asked` names the request, `found` the obstacle, `do` the way out."""
 
     def __init__(self, asked: str, found: str, do: str) -> None:
-        self.asked, self.found, self.do = asked.rstrip("."), found.rstrip("."), do.rstrip(".")
+        self.asked, self.found, self.do = _without_stop(asked), found.rstrip("."), do.rstrip(".")
         super().__init__(f"{self.asked}: {self.found}. {self.do}{'' if self.do.endswith('?') else '.'}")
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         return type(self), (self.asked, self.found, self.do)
+
+
+def _without_stop(asked: str) -> str:
+    """Without the full stop at its end; a last word that is only stops is a path."""
+    return asked if not asked.split(" ")[-1].strip(".") else asked.rstrip(".")
 
 
 class ConfigError(BiokitError):

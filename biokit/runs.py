@@ -22,11 +22,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from biokit.errors import RunError
+from biokit.safe_files import load_object, read_part, to_number
 
 STEP_DIGITS = 8
 LIFE_DIGITS = NODE_DIGITS = 4
 RANK_DIGITS = 5
 LEFTOVER = ".partial"
+OWN_PARTS = ("checkpoints", "lives", "logs", "metrics", "nodes", "supervisors", "tensorboard")
+MAX_METRICS_BYTES = 1 << 30
+MAX_STEP = 1 << 63
 
 
 @dataclass(frozen=True)
@@ -232,12 +236,9 @@ class RunFolder:
             RunError: there is none, or it is not JSON.
         """
         try:
-            manifest = json.loads(self.manifest_file.read_text())
+            return load_object(self.manifest_file)
         except (OSError, ValueError) as error:
             raise RunError(f"run {self.path}", f"its manifest cannot be read ({error})", "Check the path") from error
-        if not isinstance(manifest, dict):
-            raise RunError(f"run {self.path}", "its manifest is not a mapping", "Check the path")
-        return manifest
 
     def update_manifest(self, **values: Any) -> dict[str, Any]:
         """Add or replace entries of the manifest; returns the whole."""
@@ -252,15 +253,22 @@ class RunFolder:
         A torn last line (killed writer) is left out, and so are lines that a crash of the machine has made unreadable.
         """
         try:
-            raw = self.metrics_file(rank).read_bytes()
-        except FileNotFoundError:
+            raw = read_part(self.metrics_file(rank), MAX_METRICS_BYTES)
+        except OSError:
             return []
         whole = raw[: raw.rfind(b"\n") + 1]
         lines = []
         for line in whole.splitlines():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 lines.append(json.loads(line))
-        return [line for line in lines if isinstance(line, dict) and "step" in line]
+        return [line for line in lines if _is_metrics(line)]
+
+
+def _is_metrics(line: Any) -> bool:
+    """Whether a line says of which step it is, and when it was written, if it says it, by a number."""
+    if not isinstance(line, dict) or type(line.get("step")) is not int or not 0 <= line["step"] < MAX_STEP:
+        return False
+    return "time" not in line or to_number(line["time"], -1.0) >= 0
 
 
 class MetricsWriter:

@@ -20,20 +20,47 @@ MAX_LINE = 2000  # characters of a line that is shown
 def read_end(path: Path, max_bytes: int = MAX_BYTES, start: int = 0) -> str:
     """The last part of a text file, from byte `start` on at the earliest; empty where there is no such file."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except (OSError, ValueError):  # a path with a null byte
+        return read_part(path, max_bytes, start).decode("utf-8", errors="replace")
+    except OSError:
         return ""
+
+
+def read_part(path: Path, max_bytes: int = MAX_BYTES, start: int = 0) -> bytes:
+    """The last part of a file, from byte `start` on at the earliest.
+
+    Raises:
+        OSError: there is none, it is a link, or it is no plain file.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except ValueError as error:  # a path with a null byte
+        raise OSError(str(error)) from error
     try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
-            return ""
-        os.lseek(handle, max(start, status.st_size - max_bytes), os.SEEK_SET)
+            raise OSError("it is no plain file")
+        first = max(start, status.st_size - max_bytes)
+        os.lseek(handle, first, os.SEEK_SET)
         with os.fdopen(handle, "rb", closefd=False) as file:
-            return file.read(max_bytes).decode("utf-8", errors="replace")
-    except OSError:
-        return ""
+            return file.read(max(0, status.st_size - first))
     finally:
         os.close(handle)
+
+
+def load_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """The JSON object in a small file.
+
+    Raises:
+        OSError: see `read_part`.
+        ValueError: it is not whole, or something else.
+    """
+    try:
+        found = json.loads(read_part(path, max_bytes))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError("it is not a mapping")
+    return found
 
 
 def read_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
@@ -67,6 +94,14 @@ def to_number(value: Any, default: float = 0.0) -> float:
     except OverflowError:
         return default
     return number if math.isfinite(number) else default
+
+
+def to_float(value: Any) -> float:
+    """A number, or what stands for one that is not finite ("nan"); NaN for other values."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def to_whole(value: Any, default: int = 0) -> int:

@@ -183,6 +183,7 @@ def test_torchrun_itself_failed(folder: RunFolder, life: LifeFolder) -> None:
 def test_is_lost_peer() -> None:
     lost = RuntimeError(GLOO)
     assert is_lost_peer(lost) and is_lost_peer(RuntimeError("NCCL communicator was aborted"))
+    assert is_lost_peer(RuntimeError("Application timeout caused pair closure"))  # gloo, of a later operation
     assert is_lost_peer(raised(RunError("training", "another process is gone", "Start again"), lost))
     assert is_lost_peer(PeerError("saving", "rank 1 failed", "See its error"))
     for error in (ValueError(GLOO), RuntimeError("shapes"), RunError("training", "the loss is nan", "Lower lr")):

@@ -1,5 +1,6 @@
 """`biokit launch`: what it starts, and where."""
 
+import argparse
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from biokit.config import RunConfig, config_from_dict, config_to_yaml, load_conf
 from biokit.errors import ConfigError
 from biokit.flags import read_flags
 from biokit.launch import torchrun
+from biokit.launch.commands_launch import add_flags, run_launch
 from biokit.launch.torchrun import plan_launch
 from biokit.layouts import find_layout
 from biokit.runs import RunFolder
@@ -314,3 +316,11 @@ def test_two_processes_of_mpirun_are_two_ranks(bare: pytest.MonkeyPatch, tmp_pat
     assert [process.returncode for process in started] == [0, 0], said
     assert "finished at step 2 of 2" in said[0]
     assert RunFolder(tmp_path / "run").read_manifest()["layout"]["data"] == 2
+
+
+@pytest.mark.parametrize("words", [["--timeout=-5"], ["--timeout=nan"], ["--lives=-3"]])
+def test_impossible_times_and_lives_are_refused(words):
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    with pytest.raises(ConfigError, match=words[0].partition("=")[0]):
+        run_launch(parser.parse_args(words))

@@ -99,7 +99,7 @@ def test_only_runs_are_listed_and_broken_ones_say_so(home: Path) -> None:
     make_run(run.path / "checkpoints" / "three")  # nobody looks there
     broken = make_run(home / "runs" / "broken")
     broken.config_file.write_text("{")
-    broken.manifest_file.write_text('{"status": "finished", "versions": 7}')
+    broken.manifest_file.write_text('{"status": "finished", "versions"')
     rows = {row[0]: row for row in list_runs().rows}
     assert set(rows) == {"runs/one", "runs/one/two", "runs/broken"} and inside.path.name == "two"
     assert rows["runs/broken"][1] == "unreadable"
@@ -326,3 +326,27 @@ def test_an_array_is_not_a_run(home: Path) -> None:
     write_job(RunFolder(home / "sweep"), Job(slurm.SWEEP, "sweep", job_id="14", num_tasks=3))
     with pytest.raises(RunError, match=r"it is an array of 3 runs\. Give one of them, e\.g\. .*sweep/000"):
         Run.attach(home / "sweep")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"facts": "x"}', "{"])
+@pytest.mark.parametrize("name", ["launch.json", "manifest.json"])
+def test_a_damaged_run_does_not_end_the_list(home: Path, text: str, name: str) -> None:
+    make_run(home / "runs" / "good")
+    damaged = make_run(home / "runs" / "damaged")
+    (damaged.path / name).write_text(text)
+    rows = {row[0]: row[1] for row in list_runs().rows}
+    assert rows["runs/good"] == "finished"
+    assert rows["runs/damaged"] == ("finished" if (name, text[0:2]) == ("manifest.json", '{"') else "unreadable")
+
+
+@pytest.mark.parametrize("timeout", ["nan", "inf", "-1"])
+def test_a_stop_takes_a_time(home: Path, timeout: str) -> None:
+    RunFolder(home / "one").create()
+    write_order(RunFolder(home / "one"), Order("cell", ("cell.py",)))
+    with pytest.raises(RunError, match="Give seconds, 0 or more"):
+        biokit("stop", "one", f"--timeout={timeout}")
+
+
+def test_a_dot_in_a_message_stays(home: Path) -> None:
+    with pytest.raises(RunError, match=r"run \.: it holds no run"):
+        Run.attach(".")

@@ -200,8 +200,8 @@ def test_a_node_that_does_not_come_is_named(pair: Pair) -> None:
 
 @pytest.mark.full
 def test_all_lives_are_used_up_on_both(pair: Pair) -> None:
-    pair.start(0, GOOD, GOOD, LONG)
-    pair.start(1, BAD)
+    pair.start(0, GOOD, BAD)
+    pair.start(1, BAD, LONG)
     assert pair.wait() == [1, 1]
     assert pair.outcomes() == ["failed"] * 2
     assert pair.folder.last_life() == 3

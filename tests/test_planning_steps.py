@@ -14,14 +14,14 @@ from biokit.planning.memory import find_peak, list_instants
 from tests.distributed import ranks
 from tests.planning_rig import LENGTH, VOCAB_SIZE, make_config, make_micro_batches, watch_step
 
-TOLERANCE, IN_UPDATE = 0.10, 0.03  # the issue's; in the update nothing but states and buffers is there
+TOLERANCE, IN_UPDATE = 0.06, 0.03  # 0.10 is asked for; in the update nothing but states and buffers is there
 SINGLE, DDP, ZERO1, ZERO2, ZERO3 = Layout(), *(Layout(name, data=2) for name in ("DDP", "Zero1", "Zero2", "Zero3"))
 PIPELINE, TENSOR = Layout("Pipeline", pipeline=2), Layout("ThreeD", tensor=2)
 CASES = {
     "Single": (SINGLE, {}),
     "DDP bf16": (DDP, {"precision": "bf16"}),
     "Zero2": (ZERO2, {}),
-    "Zero3": (ZERO3, {"hidden_size": 256, "ffn_hidden_size": 512}),
+    "Zero3": (ZERO3, {"num_layers": 1, "hidden_size": 512, "ffn_hidden_size": 2048, "recompute": True}),
     "Pipeline": (PIPELINE, {"num_micros": 4, "recompute": True}),
     "tensor": (TENSOR, {}),
 }
@@ -33,6 +33,7 @@ MORE_CASES = {
     "Zero1": (ZERO1, {}),
     "Zero2 one micro-batch": (ZERO2, {"num_micros": 1, "recompute": True}),
     "Zero3 all small": (ZERO3, {"recompute": True}),
+    "Zero3 activations": (ZERO3, {"hidden_size": 256, "ffn_hidden_size": 512}),
     "ZeroInf": (Layout("ZeroInf", data=2), {"hidden_size": 256, "recompute": True}),
     "Zero2 four ranks": (Layout("Zero2", data=4), {"recompute": True}),
     "Pipeline of four": (Layout("Pipeline", pipeline=4), {"num_micros": 6}),

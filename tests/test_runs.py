@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 
 import pytest
 
@@ -118,3 +119,26 @@ def test_lines_that_a_crash_made_unreadable_are_left_out(tmp_path):
     folder.create()
     folder.metrics_file().write_bytes(b'{"step": 1}\n\0\0\0\0\n{"st\xff\n[1]\n{"step": 2}\n{"step"')
     assert folder.read_metrics() == [{"step": 1}, {"step": 2}]
+
+
+def test_only_plain_files_of_a_run_are_read(folder, tmp_path):
+    (tmp_path / "secret").write_text('{"status": "finished", "step": 1}\n')
+    for file in (folder.manifest_file, folder.metrics_file()):
+        file.symlink_to(tmp_path / "secret")
+    assert folder.read_metrics() == []
+    with pytest.raises(RunError, match="cannot be read"):
+        folder.read_manifest()
+    folder.manifest_file.unlink()
+    os.mkfifo(folder.manifest_file)
+    with pytest.raises(RunError, match="no plain file"):
+        folder.read_manifest()
+    (tmp_path / "link").symlink_to(folder.path)
+    folder.metrics_file().unlink()
+    folder.metrics_file().write_text('{"step": 1}\n')
+    assert RunFolder(tmp_path / "link").read_metrics() == [{"step": 1}]
+
+
+def test_metrics_of_wrong_types_are_left_out(folder):
+    lines = ("[" * 100_000, '{"step": null}', '{"step": 1e400}', '{"step": 2, "time": "x"}', '{"step": 3}')
+    folder.metrics_file().write_text("\n".join(lines) + "\n")
+    assert folder.read_metrics() == [{"step": 3}]

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from biokit.launch.orders import SLURM, Order, write_order
+from biokit.errors import RunError
+from biokit.launch.orders import SLURM, Order, read_order, write_order
 from biokit.launch.run import Run
+from biokit.launch.started import check_free
 from biokit.launch.status import read_status
 from biokit.runs import RunFolder
 from tests.run_folders import say
@@ -95,3 +97,39 @@ def test_a_slow_training_on_another_host_is_not_lost(folder: RunFolder) -> None:
         for file in (folder.metrics_file(), folder.manifest_file):
             os.utime(file, (time.time() - ago,) * 2)
         assert read_status(folder) == status
+
+
+def test_wrong_types_in_the_files_of_a_run_stop_nobody(folder: RunFolder) -> None:
+    write_order(folder, Order("cell", ("cell.py",), facts={"versions": "x", "time": "x"}))
+    say(folder, beat=None, max_lives=None, started="x", ended=1e300, state="ended", outcome="failed", host="elsewhere")
+    folder.metrics_file().write_text('{"step": 1, "loss": "x"}\n{"step": 2, "loss": null, "time": 1e400}\n')
+    folder.write_manifest({"train_iters": "x", "versions": 7})
+    run = Run.attach(folder.path)
+    assert run.status == "failed" and "FAILED" in run.card.text
+    assert "step 1" in repr(run) and "no step" not in run.plot()._repr_mimebundle_()["text/plain"]
+
+
+def test_a_run_is_not_started_inside_another(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_order(folder, CELL)
+    check_free(RunFolder(folder.path / "second"))
+    for part in ("lives/0001", "logs", "checkpoints/x"):
+        with pytest.raises(RunError, match="it is a part of the run"):
+            check_free(RunFolder(folder.path / part))
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
+    with pytest.raises(RunError, match="holds a secret") as caught:
+        check_free(RunFolder(folder.path / "of_hf_abcdefghijklmnop"))
+    assert "abcdefgh" not in str(caught.value)
+
+
+def test_output_is_read_from_plain_files_only(folder: RunFolder, tmp_path: Path) -> None:
+    write_order(folder, CELL)
+    folder.life(1).create()
+    (tmp_path / "other").write_text("not of the run")
+    folder.life(1).output_file(0).symlink_to(tmp_path / "other")
+    os.mkfifo(folder.life(1).output_file(1))
+    run = Run.attach(folder.path)
+    assert run.logs(0) == run.logs(1) == ""
+    folder.launch_file.unlink()
+    os.mkfifo(folder.launch_file)
+    with pytest.raises(RunError, match="no plain file"):
+        read_order(folder)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from biokit.endings import PeerError, is_lost_peer
 from biokit.parallel.processes import Processes
 from biokit.parallel.stores import SilentStore, hang_up, limited
-from tests.distributed import CONTEXT, free_port
+from tests.distributed import free_port
 
 PORT = 9  # nobody's
 
@@ -89,41 +89,40 @@ def test_a_connection_that_is_given_up_wakes_who_waits_there():
 
 
 LONELY = """
-import datetime as dt, sys
-import torch.distributed as dist
-from biokit.parallel.stores import SilentStore, limited
+import sys
+import torch
+from biokit.parallel.processes import join_processes
+from biokit.parallel.stores import SilentStore
 
-port = int(sys.argv[1])
-store = dist.PrefixStore("run", dist.TCPStore("127.0.0.1", port, 2, False, timeout=dt.timedelta(seconds=30)))
-with limited(store, 1.0, port) as asked:
-    try:
+try:
+    with join_processes(torch.device("cpu"), 3.0, needs_group=True) as processes:
         while True:
-            asked.add("n", 1)
-            print("asks", flush=True)
-    except SilentStore:
-        sys.exit(7)
+            with processes.together("saving"):
+                print("asks", flush=True)
+except SilentStore:
+    sys.exit(7)
 """
 
 
 def test_a_process_whose_store_is_silent_ends_as_it_wants():
-    keeper = CONTEXT.Process(target=keep_store, args=(port := free_port(),))
-    keeper.start()
+    launcher = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    words, pipe = [sys.executable, "-c", LONELY], subprocess.PIPE
+    both = [
+        subprocess.Popen(
+            words, env={**os.environ, **launcher, "RANK": str(rank)}, stdout=pipe, stderr=subprocess.STDOUT, text=True
+        )
+        for rank in range(2)
+    ]
+    keeper, lonely = both
     try:
-        words = [sys.executable, "-c", LONELY, str(port)]
-        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as lonely:
-            lonely.stdout.readline()
-            os.kill(keeper.pid, signal.SIGSTOP)
-            said = lonely.communicate(timeout=60)[0]
+        lonely.stdout.readline()
+        keeper.send_signal(signal.SIGSTOP)
+        said = lonely.communicate(timeout=60)[0]
         assert (lonely.returncode, "terminate called" in said) == (7, False), said[-3000:]
     finally:
-        keeper.kill()
-        keeper.join()
-
-
-def keep_store(port):
-    store = dist.TCPStore("127.0.0.1", port, 2, True, wait_for_workers=False)
-    time.sleep(600)
-    del store
+        for process in both:
+            process.kill()
+            process.communicate()
 
 
 def test_threads_end():

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
+
+from biokit.errors import ConfigError
 
 SWITCHES = ("--dry-run", "--node-commands")
 VARIABLES = {  # flags that say what the environment says too, under the names of the source systems
@@ -43,6 +46,7 @@ def run_launch(options: argparse.Namespace) -> int:
     Raises:
         BiokitError: see `plan_launch` and `supervise_training`.
     """
+    _check_numbers(options.lives, options.timeout)
     from biokit.config import load_config
     from biokit.launch.supervised import supervise_training
     from biokit.launch.torchrun import list_node_commands, plan_launch
@@ -64,3 +68,10 @@ def run_launch(options: argparse.Namespace) -> int:
     else:
         plan.start()
     return 0
+
+
+def _check_numbers(lives: int, timeout_s: float) -> None:
+    if lives < 0:
+        raise ConfigError(f"--lives {lives}", "it is below 0", "Give a number of launches, 1 or more")
+    if not 0 <= timeout_s < math.inf:
+        raise ConfigError(f"--timeout {timeout_s:g}", "it is no time", "Give seconds, 0 or more")

@@ -9,6 +9,7 @@ from typing import Any
 from biokit.errors import ConfigError
 from biokit.launch.sbatch import SIGNAL_BEFORE_S
 
+MOST = 2**31 - 1  # that Slurm counts
 EPILOG = """\
 Several values by commas make a job array with one run folder each, and a table of them all at the end:
   biokit submit notebook.ipynb -p lr 1e-4,3e-4 --gpus-per-node 1
@@ -120,6 +121,6 @@ def _count_or_none(text: str) -> int:
 
 
 def _number(text: str, low: int) -> int:
-    if not text.isascii() or not text.isdecimal() or int(text) < low:
-        raise argparse.ArgumentTypeError(f"{text}: a whole number from {low} on")
+    if not text.isascii() or not text.isdecimal() or not low <= int(text[:20]) <= MOST:
+        raise argparse.ArgumentTypeError(f"{text}: a whole number from {low} to {MOST}")
     return int(text)

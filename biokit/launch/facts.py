@@ -22,6 +22,7 @@ from biokit.launch.orders import Order, read_order
 from biokit.launch.states import SupervisorState, read_state
 from biokit.launch.status import read_status
 from biokit.runs import RunFolder
+from biokit.safe_files import to_float, to_number, to_whole
 from biokit.secrets import mask_words
 
 PACKAGES = ("biokit", "torch", "numpy", "deepspeed", "megatron-core", "rdkit")
@@ -93,9 +94,9 @@ def describe_run(folder: RunFolder, status: str = "") -> dict[str, Any]:
         "life": said.life,
         "last_life": said.first_life + said.max_lives - 1 if said.max_lives > 1 else None,
         "step": lines[-1]["step"] if lines else manifest.get("step"),
-        "num_steps": manifest.get("train_iters"),
+        "num_steps": to_whole(manifest.get("train_iters")),
         "loss": lines[-1].get("loss") if lines else None,
-        "started": said.started or facts.get("time"),
+        "started": said.started or to_number(facts.get("time")),
         "ended": said.ended,
         "host": said.host or facts.get("host"),
         "slurm_job": job.job_id if (job := find_job(folder)) else None,
@@ -105,7 +106,7 @@ def describe_run(folder: RunFolder, status: str = "") -> dict[str, Any]:
         "data_hash": manifest.get("data_hash"),
         "git": facts.get("git"),
         "python": facts.get("python"),
-        "versions": {**manifest.get("versions", {}), **facts.get("versions", {})},
+        "versions": {**_mapping(manifest.get("versions")), **_mapping(facts.get("versions"))},
         "line": facts.get("line"),
     }
     return {name: value for name, value in known.items() if value not in (None, "", {}, 0.0)}
@@ -167,7 +168,7 @@ def _final_losses(folder: RunFolder) -> dict[str, str]:
     lines = folder.read_metrics()
     texts = {}
     for key, name in (("loss", "final loss"), ("val_loss", "final validation loss")):
-        values = [float(line[key]) for line in lines if isinstance(line.get(key), (int, float))]
+        values = [to_float(line[key]) for line in lines if isinstance(line.get(key), (int, float))]
         if values:
             texts[name] = f"{values[-1]:.6g}" if math.isfinite(values[-1]) else str(values[-1])
     return texts

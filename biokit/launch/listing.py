@@ -13,9 +13,11 @@ from typing import Any
 from biokit.errors import BiokitError, RunError
 from biokit.launch import slurm
 from biokit.launch.facts import compare_runs, describe_run
+from biokit.launch.orders import read_order
 from biokit.launch.register import list_registered
 from biokit.launch.run import Run
 from biokit.runs import RunFolder
+from biokit.safe_files import to_number
 from biokit.view.table import Table
 
 DEFAULT_ROOT = Path("runs")
@@ -103,11 +105,16 @@ def _row(path: Path) -> tuple[float, tuple[str, ...]]:
     """(when it was started, its cells)."""
     name = _shown(path)
     try:
-        facts = describe_run(RunFolder(path), Run(RunFolder(path)).status)
-    except (BiokitError, OSError, ValueError, TypeError) as error:
+        folder = RunFolder(path)
+        if os.path.lexists(folder.manifest_file):
+            folder.read_manifest()
+        if os.path.lexists(folder.launch_file):
+            read_order(folder)
+        facts = describe_run(folder, Run(folder).status)
+        started = to_number(facts.get("started"))
+        return started, (name, *_cells(facts, started))
+    except (BiokitError, OSError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
         return 0.0, (name, "unreadable", "", "", "", str(error))
-    started = float(facts.get("started", 0.0))
-    return started, (name, *_cells(facts, started))
 
 
 def _cells(facts: dict[str, Any], started: float) -> Iterable[str]:

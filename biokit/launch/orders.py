@@ -11,6 +11,7 @@ from typing import Any
 
 from biokit.errors import RunError
 from biokit.runs import RunFolder, write_atomically
+from biokit.safe_files import load_object, to_number
 
 KINDS = ("train", "script", "cell", "ranks")
 HERE, GIVEN, SLURM, NODES = "here", "given", "slurm", "nodes"
@@ -71,7 +72,7 @@ def read_order(folder: RunFolder) -> Order:
     """
     asked = f"run {folder.path}"
     try:
-        return order_from_dict(json.loads(folder.launch_file.read_text(encoding="utf-8")))
+        return order_from_dict(load_object(folder.launch_file))
     except (OSError, ValueError, TypeError) as error:
         raise RunError(asked, f"its launch.json cannot be read ({error})", "Check the path") from error
 
@@ -85,6 +86,12 @@ def order_from_dict(values: Mapping[str, Any]) -> Order:
     known = {f.name for f in fields(Order)}
     if unknown := set(values) - known:
         raise ValueError(f"unknown entries {', '.join(sorted(unknown))}")
+    for name in ("environment", "facts"):
+        if not isinstance(values.get(name, {}), Mapping):
+            raise ValueError(f"{name} is no mapping")
+    for name in ("num_nodes", "timeout_s", "max_lives", "backoff_s"):
+        if to_number(values.get(name, 1), -1.0) < 0:
+            raise ValueError(f"{name} is no number from 0 on")
     order = Order(**{**values, "program": tuple(values["program"]), "torchrun": tuple(values.get("torchrun", ()))})
     if order.kind not in KINDS or order.placement not in PLACEMENTS:
         raise ValueError(f"kind {order.kind!r}, placement {order.placement!r}")

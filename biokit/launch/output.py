@@ -10,6 +10,7 @@ from pathlib import Path
 
 from biokit.runs import LifeFolder, RunFolder
 from biokit.secrets import mask
+from biokit.view.paths import show_near
 
 MAX_LINES = 2000  # shown of a run
 MAX_WIDTH = 4000  # characters shown of a line
@@ -122,6 +123,7 @@ class _Source:
         end = len(data) if (ended and not more) or len(data) > READ_BYTES else data.rfind(b"\n") + 1
         self._begun = data[end:]
         text = mask(data[:end].decode("utf-8", errors="replace")).removesuffix("\n")
+        text = _TRACEBACK.sub(lambda found: show_near(found[0]), text)
         lines = [seen for line in text.split("\n") if (seen := _last(line)) is not None] if end else []
         if lines:
             self._bar = ""
@@ -145,6 +147,9 @@ class _Source:
 
     def close(self) -> None:
         self._file.close()
+
+
+_TRACEBACK = re.compile(r'(?<=File )"/[^"\n]+"(?=, line \d)')  # of a notebook, files are shown from its folder
 
 
 def _last(line: str) -> str | None:

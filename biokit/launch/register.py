@@ -10,6 +10,7 @@ import socket
 from pathlib import Path
 
 from biokit.runs import RunFolder, write_atomically
+from biokit.safe_files import load_object
 
 
 def register_run(folder: RunFolder) -> None:
@@ -24,8 +25,8 @@ def list_registered() -> list[Path]:
     """Run folders that are still there, oldest note first; notes of those that are gone are removed."""
     found: list[tuple[float, Path]] = []
     for note in _register().glob("*.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            path = Path(json.loads(note.read_text(encoding="utf-8"))["path"])
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            path = Path(load_object(note)["path"])
             if path.is_dir():
                 found.append((note.stat().st_mtime, path))
             else:

@@ -24,6 +24,7 @@ from biokit.launch.status import find_supervisor, note_interrupted, read_status
 from biokit.launch.sweeps import task_name
 from biokit.launch.tree import end_tree
 from biokit.runs import RunFolder, write_atomically
+from biokit.safe_files import read_end
 from biokit.stacks import Hang, read_hang
 from biokit.view.cards import Card, run_card
 from biokit.view.training import FINAL_STATES, follow, read_state, show_training
@@ -36,6 +37,7 @@ __all__ = ["Run", "RunFailed", "start_run", "start_training"]
 ENDED_WELL = ("finished", "stopped", "preprocessed")
 AT_ONCE_S = 8.0  # from SIGINT to SIGKILL of the supervisor's tree
 POLL_S = 0.1
+MAX_OUTPUT_BYTES = 1 << 30  # of what a rank printed; the last of it
 
 
 class Run:
@@ -161,7 +163,7 @@ class Run:
                 found = "it has printed nothing"
                 raise RunError(f"logs of rank {rank}", found, f"Ranks that have: {', '.join(map(str, there))}")
             return ""
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_end(file, MAX_OUTPUT_BYTES).splitlines()
         return "\n".join(lines if num_lines is None else lines[max(0, len(lines) - num_lines) :])
 
     def metrics(self, rank: int = 0) -> list[dict[str, Any]]:
@@ -189,8 +191,10 @@ class Run:
 
         Raises:
             EngineError: it is a Slurm job's, and Slurm is not on this machine.
-            RunError: it still runs, and its supervisor is not on this host.
+            RunError: it still runs, and its supervisor is not on this host; or a time that is none.
         """
+        if not 0 <= timeout_s < math.inf:
+            raise RunError(f"stop {self.folder.path}", f"the time is {timeout_s} s", "Give seconds, 0 or more")
         job, status = find_job(self.folder), self.status
         if job is not None and status == "queued":
             cancel_job(self.folder, job, begun=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import os
 import subprocess
 import time
@@ -18,7 +19,8 @@ from biokit.launch.slurm import has_nodes
 from biokit.launch.starting import start_supervisor
 from biokit.launch.states import ENDED, read_state
 from biokit.launch.status import is_locked, is_supervised
-from biokit.runs import RunFolder
+from biokit.runs import OWN_PARTS, RunFolder
+from biokit.secrets import mask
 
 EXIT_GRACE_S = 5.0  # that this process's runs have to end when it ends itself
 
@@ -65,11 +67,18 @@ def complete_order(folder: RunFolder, order: Order) -> Order:
 
 
 def check_free(folder: RunFolder) -> None:
-    """Refuse a folder in which a run is alive.
+    """Refuse a folder in which a run is alive, or that cannot be one's.
 
     Raises:
-        RunError: there is one.
+        RunError: there is one, the folder is a part of another run's, or its name holds a secret.
     """
+    path = folder.path.resolve()
+    if mask(str(path)) != str(path):
+        raise RunError("start a run", "the path of its folder holds a secret", "Give another run_dir")
+    for inner, outer in itertools.pairwise((path, *path.parents)):
+        if inner.name in OWN_PARTS and RunFolder(outer).launch_file.exists():
+            found = f"it is a part of the run {outer}"
+            raise RunError(f"start a run in {folder.path}", found, "Give another run_dir")
     ours, said = find_started(folder), read_state(folder)
     if ours is not None and said is not None and said.pid == ours.process.pid and said.state == ENDED:
         with contextlib.suppress(subprocess.TimeoutExpired):  # it is leaving

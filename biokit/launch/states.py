@@ -6,13 +6,15 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import psutil
 
 from biokit.launch.tree import find_process
 from biokit.runs import RunFolder, write_atomically
-from biokit.safe_files import read_object
+from biokit.safe_files import read_object, to_number, to_text, to_whole
 
 STARTING, RUNNING, WAITING, ENDED = "starting", "running", "waiting", "ended"
 FINISHED, STOPPED, FAILED, TIMED_OUT, INTERRUPTED = "finished", "stopped", "failed", "timed out", "interrupted"
@@ -85,5 +87,9 @@ def write_state(folder: RunFolder, state: SupervisorState, node: int = 0) -> Non
 def read_state(folder: RunFolder, node: int = 0) -> SupervisorState | None:
     """Where the supervisor of a node stands; None: there was none, or it has not come up yet."""
     values = read_object(folder.supervisor_file(node))
-    known = {f.name for f in fields(SupervisorState)}
-    return SupervisorState(**{name: value for name, value in values.items() if name in known}) if values else None
+    if not values:
+        return None
+    read: dict[Any, Callable[[Any], Any]] = {"str": to_text, "int": to_whole, "float": to_number}
+    read["int | None"] = lambda code: None if code is None else to_whole(code)
+    known = [f for f in fields(SupervisorState) if f.name in values]
+    return SupervisorState(**{f.name: read[f.type](values[f.name]) for f in known})

@@ -27,8 +27,8 @@ class LimitedStore:
 
     Args:
         limit_s: after which an answer is no longer waited for.
-        port: of whom keeps the store. Its connections are given up where it does not answer: a thread that still
-            waits for one would abort the process at its end.
+        port: of whom keeps the store. Its connections are given up where it does not answer: an answer that comes
+            while the process ends would abort it.
     """
 
     def __init__(self, store: dist.Store, limit_s: float, port: int) -> None:

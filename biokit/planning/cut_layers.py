@@ -117,8 +117,7 @@ class CutEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         others = (ids < 0) | (ids >= len(self.weight))
-        own = ids.clone() - 0
-        own.masked_fill_(others, 0)
+        own = ids.masked_fill(others, 0)
         return _Sum.apply(F.embedding(own, self.weight).masked_fill_(others[..., None], 0.0), self.rank, False)
 
 
@@ -206,16 +205,16 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits_BTV: torch.Tensor, labels_BT: torch.Tensor, rank: TensorRank) -> torch.Tensor:
         highest_BT = rank.sum(logits_BTV.amax(-1))
         logits_BTV -= highest_BT.unsqueeze(-1)
-        others_BT, own_BT = labels_BT < 0, labels_BT.clone()
-        picked_BT = rank.sum(logits_BTV.gather(-1, own_BT.unsqueeze(-1)).squeeze(-1).clone())
+        own_BT = labels_BT.clone()
+        picked_BT = rank.sum(logits_BTV.gather(-1, own_BT.unsqueeze(-1)).squeeze(-1))
         logits_BTV.exp_()
         total_BT = rank.sum(logits_BTV.sum(-1))
         logits_BTV.div_(total_BT.unsqueeze(-1))
-        ctx.save_for_backward(logits_BTV, others_BT, own_BT)
+        ctx.save_for_backward(logits_BTV, own_BT)
         return total_BT.log() - picked_BT
 
     @staticmethod
     def backward(ctx: Any, grad_BT: torch.Tensor) -> Any:
-        softmax_BTV, _, own_BT = ctx.saved_tensors
+        softmax_BTV, own_BT = ctx.saved_tensors
         softmax_BTV.scatter_add_(-1, own_BT.unsqueeze(-1), -torch.ones_like(softmax_BTV[..., :1]))
         return softmax_BTV.mul_(grad_BT.unsqueeze(-1)), None, None

@@ -134,16 +134,16 @@ class Rehearsal:
         for position, (name, build) in enumerate(parts.layers):
             key = tensor, recompute, carry, self._descriptions[position]
             if key not in self._layers:
-                rank = self._rank(kernels, tensor)
+                setup = self._start(kernels, tensor)
                 with torch.device("meta"):
                     layer = build()
-                if rank is not None:
-                    layer = cut_layer(layer, name, parts.plan, rank, position == 0)
-                self._layers[key] = _rehearse(name, layer, carry, recompute, kernels, rank)
+                if setup.rank is not None:
+                    layer = cut_layer(layer, name, parts.plan, setup.rank, position == 0)
+                self._layers[key] = _rehearse(name, layer, carry, recompute, setup)
             uses.append(replace(self._layers[key], name=name))
             carry = tuple(output.shape for output in uses[-1].outputs)
-        rank = self._rank(kernels, tensor)
-        return [*uses, _rehearse(LOSS, _Loss(labels, rank), carry, False, kernels, rank)]
+        setup = self._start(kernels, tensor)
+        return [*uses, _rehearse(LOSS, _Loss(labels, setup.rank), carry, False, setup)]
 
     @cached_property
     def _descriptions(self) -> list[Any]:
@@ -154,20 +154,21 @@ class Rehearsal:
                 for position, (name, build) in enumerate(self.blueprint.parts.layers)
             ]
 
-    def _rank(self, kernels: DeviceKernels, tensor: int) -> TensorRank | None:
-        parallel = self.config.parallel
-        if tensor == 1:
-            return None
-        return TensorRank(tensor, _Post(), kernels.cast, parallel.sequence_parallel, parallel.partition_activations)
+    def _start(self, kernels: DeviceKernels, num_ranks: int) -> _Setup:
+        parallel, watch = self.config.parallel, Watch()
+        dealt = parallel.sequence_parallel, parallel.partition_activations
+        return _Setup(
+            kernels, watch, TensorRank(num_ranks, watch.post, kernels.cast, *dealt) if num_ranks > 1 else None
+        )
 
 
-class _Post:
-    """Where a rank's messages go: to the watch that is looking."""
+@dataclass(frozen=True)
+class _Setup:
+    """How a layer is rehearsed: the kernels of a device, a watch, and the tensor rank where layers are cut."""
 
+    kernels: DeviceKernels
     watch: Watch
-
-    def __call__(self, kind: str, size: int) -> None:
-        self.watch.post(kind, size)
+    rank: TensorRank | None
 
 
 class _Loss(nn.Module):
@@ -200,10 +201,10 @@ def _rehearse(
     layer: nn.Module,
     carry: Sequence[Shape],
     recompute: bool,
-    kernels: DeviceKernels,
-    rank: TensorRank | None,
+    setup: _Setup,
 ) -> LayerUse:
     """Run one layer forward and backward under a watch."""
+    rank, watch = setup.rank, setup.watch
     layer.train()
     parameters, order = dict(layer.named_parameters()), list[str]()
     for key, parameter in parameters.items():
@@ -212,16 +213,13 @@ def _rehearse(
     checkpointed: Any = PartitionedInputs(rank) if rank is not None and rank.inputs_dealt else checkpoint_layer
 
     def forward(carry: Any) -> Any:
-        with kernels:  # here: a recompute comes from the backward pass
+        with setup.kernels:  # here: a recompute comes from the backward pass
             return layer(carry)
 
     def run(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         out = fold_layers([forward], inputs, 0, recompute, checkpointed=checkpointed)  # type: ignore[list-item]
         return out if isinstance(out, tuple) else (out,)
 
-    watch = Watch()
-    if rank is not None:
-        rank.post.watch = watch  # type: ignore[attr-defined]
     watch.welcome([*layer.buffers(), *(t for p in parameters.values() for t in (p, p.grad) if t is not None)])
     if isinstance(layer, _Loss):
         watch.welcome([layer.labels])

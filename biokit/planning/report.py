@@ -142,14 +142,12 @@ def _compare(best: Plan, other: Plan) -> str:
     lost = {name: other.step.parts[name] - best.step.parts[name] for name in TIMES}
     dearest = max(lost, key=lambda name: lost[name])
     share = other.step.total / best.step.total - 1
-    close = abs(share) <= TOLERANCE
-    longer = (
-        f"takes {share:.1%} longer" if not close else f"({share:+.1%}) is as fast within {TOLERANCE:.0%}, less simple"
+    spends = (
+        f"{1e3 * other.step.parts[dearest]:.1f} instead of {1e3 * best.step.parts[dearest]:.1f} ms for {TIMES[dearest]}"
     )
-    return (
-        f"The next, {other}, {longer}: {1e3 * other.step.parts[dearest]:.1f} instead of "
-        f"{1e3 * best.step.parts[dearest]:.1f} ms for {TIMES[dearest]}."
-    )
+    if abs(share) <= TOLERANCE:
+        return f"The next, {other}, is as fast within {TOLERANCE:.0%} ({share:+.1%}) and less simple: {spends}."
+    return f"The next, {other}, takes {share:.1%} longer: {spends}."
 
 
 def _describe_messages(plan: Plan) -> str:
@@ -160,10 +158,11 @@ def _describe_messages(plan: Plan) -> str:
     words = [f"{kind} {number:,} of {nbytes / 1e6:,.1f} MB in all" for kind, (number, nbytes) in found.items()]
     text = f"Messages of its fullest rank in a step: {', '.join(words)}."
     if plan.case.layout.pipeline > 1:
-        text += f" Bubble (1F1B): {plan.step.bubble_share:.1%} of the slots; stages wait {plan.step.idle:.1%} of their time."
+        waiting = f"stages wait {plan.step.idle:.1%} of their time"
+        text += f" Bubble (1F1B): {plan.step.bubble_share:.1%} of the slots; {waiting}."
     repeated = sum(use.num_repeated for use in plan.job.stage_uses(plan.case))
     if repeated:
-        text += f" DeepSpeed goes back twice through {repeated} layers, which lead to two tensors that their stage hands on."
+        text += f" DeepSpeed goes back twice through {repeated} layers: their stage hands on two tensors made of them."
     return text
 
 

@@ -127,7 +127,7 @@ def _about_failure(failure: Failure) -> Iterable[str]:
     if root is not None and root.host:
         yield f"{root.who} on {root.host}"
     if root is not None and root.time > 0:
-        yield time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(root.time))
+        yield _say_time(root.time)
     if failure.life > 1:
         yield f"life {failure.life}"
 
@@ -265,7 +265,7 @@ def _say_value(name: str, value: Any) -> str:
     if name == "line":
         return show_near(str(value))
     if name in ("started", "ended") and isinstance(value, (int, float)):
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+        return _say_time(value)
     if name == "git" and isinstance(value, Mapping):
         commit = str(value.get("commit", ""))[:12]
         changes = value.get("changes")
@@ -279,6 +279,13 @@ def _say_value(name: str, value: Any) -> str:
     if name.endswith("_hash"):
         return str(value)[:16]
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _say_time(unix_time: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_time))
+    except (OverflowError, ValueError, OSError):  # of no year
+        return str(unix_time)
 
 
 def _cell(name: str, value: str) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from biokit.errors import BiokitError, RunError
 from biokit.runs import RunFolder
+from biokit.safe_files import to_float, to_whole
 from biokit.view.picture import Picture, picture_of
 
 if TYPE_CHECKING:
@@ -110,8 +111,8 @@ def read_state(run: Run) -> RunState:
         manifest = folder.read_manifest()
     except RunError:
         manifest = {}
-    step, loss = int(last.get("step", 0)), float(last.get("loss", math.nan))
-    status, num_steps = str(manifest.get("status", "starting")), int(manifest.get("train_iters") or 0)
+    step, loss = last.get("step", 0), to_float(last.get("loss"))
+    status, num_steps = str(manifest.get("status", "starting")), to_whole(manifest.get("train_iters"))
     if handle is not None:
         status = known
         if not _written_since(folder.manifest_file, handle.started):
@@ -171,7 +172,7 @@ def describe_training(lines: Sequence[dict[str, Any]], title: str = "") -> str:
     words = [f"{head}: steps {lines[0]['step']} to {lines[-1]['step']}"]
     for panel in PANELS:
         for key, part in ((panel.key, ""), (panel.validation_key, " on the validation part")):
-            values = [float(line[key]) for line in lines if line.get(key) is not None]
+            values = [to_float(line[key]) for line in lines if line.get(key) is not None]
             finite = [value for value in values if math.isfinite(value)]
             if not finite:
                 continue
@@ -309,7 +310,7 @@ def style_axes(axes: Axes, title: str) -> None:
 
 
 def _series(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    pairs = [(int(line["step"]), float(line[key])) for line in lines if line.get(key) is not None]
+    pairs = [(line["step"], to_float(line[key])) for line in lines if line.get(key) is not None]
     finite = [(step, value) for step, value in pairs if math.isfinite(value)]
     return [step for step, _ in finite], [value for _, value in finite]
 

@@ -10,6 +10,13 @@ import pytest
 from tests.slurm.cluster import Cluster, missing_parts
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say aloud that these tests did not run: a quiet report shows no reasons."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if "tests/slurm/" in report.nodeid]
+    if skipped:
+        terminalreporter.write_line(f"Slurm: {len(skipped)} tests skipped: {missing_parts()}")
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """Two nodes on this machine; Slurm's commands of this process and its children find them."""
