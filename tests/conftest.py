@@ -1,6 +1,7 @@
 """Shared fixtures. Larger real data is found through BIOKIT_REAL_DATA; without it those tests skip and say so."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,14 @@ def own_register(tmp_path_factory) -> Iterator[None]:
     os.environ.pop("XDG_STATE_HOME")
     if before is not None:
         os.environ["XDG_STATE_HOME"] = before
+
+
+@pytest.fixture(autouse=True)
+def own_main() -> Iterator[None]:
+    """A shell that a test makes, and a program that it runs, put themselves into `__main__`'s place."""
+    before = sys.modules["__main__"]
+    yield
+    sys.modules["__main__"] = before
 
 
 @pytest.fixture

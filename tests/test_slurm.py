@@ -99,6 +99,7 @@ class FakeWork:
         self._outcome, self.saved, self.signals, self.obeys = outcome, saved, signals, obeys
         self.asked: list[str] = []
         self._over = not signals
+        self._begun = time.monotonic()
 
     def await_predecessor(self) -> None: ...
 
@@ -107,6 +108,7 @@ class FakeWork:
             os.kill(os.getpid(), number)
 
     def is_over(self) -> bool:
+        assert time.monotonic() - self._begun < 20, "it is waited for in vain"
         return self._over
 
     def ask_to_stop(self) -> None:

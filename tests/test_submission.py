@@ -95,7 +95,7 @@ def test_a_training_is_written_and_sent(fake: FakeSlurm, tmp_path: Path) -> None
     assert made.root.path == folder.path and fake.said == [["sbatch", "--parsable", str(folder.path / "job.sbatch")]]
     order, job = read_order(folder), read_job(folder)
     assert (order.kind, order.placement, order.num_nodes, order.max_lives) == ("train", "slurm", 2, 3)
-    assert order.torchrun == ("--nproc-per-node", "1") and order.facts["git"]
+    assert order.torchrun == ("--nproc-per-node", "1") and order.facts["versions"]
     config = load_config(order.program[-1])
     assert (config.strategy, config.data.split_ratio, config.run_dir) == ("DDP", "70,20,10", str(folder.path))
     assert job is not None and (job.job_id, job.kind, job.parameters, job.outcome) == ("12", "train", {}, "")

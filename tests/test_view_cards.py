@@ -161,7 +161,8 @@ def test_a_run_in_rows() -> None:
     })  # fmt: skip
     rows = dict(row.strip().split("  ", 1) for row in card.text.splitlines()[1:])
     assert {name: value.strip() for name, value in rows.items() if name != "started"} == {
-        "step": "3 of 10", "life": "1, of at most 4", "loss": "1.2346", "parameters": "44,700,000", "anything": "else, 1",
+        "step": "3 of 10", "life": "1, of at most 4", "loss": "1.2346", "parameters": "44,700,000",
+        "anything": "else, 1",
         "layout": "strategy Zero1, data 2", "git": "0123456789ab with changes (f00)", "config": "ab" * 8,
         "command": line,
     }  # fmt: skip
