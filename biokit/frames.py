@@ -5,6 +5,7 @@ A notebook cell is saved as `cell.py` (in a session of several cells `cell_3.py`
 
 from __future__ import annotations
 
+import itertools
 import re
 import sysconfig
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from biokit.safe_files import MAX_LINE, read_end, to_text, to_whole
 from biokit.secrets import mask
 
 MAX_FRAMES = 60
+MIN_FOLDED = 4  # equal ones in a row
 MAX_CODE = 200
 MAX_SOURCE_BYTES = 4 << 20
 PACKAGE = f"{Path(__file__).parent}/"
@@ -96,12 +98,19 @@ def add_code(frames: Iterable[Frame]) -> tuple[Frame, ...]:
 
 
 def shorten(frames: tuple[Frame, ...]) -> tuple[Frame, ...]:
-    """At most MAX_FRAMES: an endless recursion is shown from both ends."""
+    """At most MAX_FRAMES, from both ends; a line that called itself stands there once, with how often."""
+    frames = tuple(frame for same, group in itertools.groupby(frames) for frame in _fold(same, len(list(group))))
     if len(frames) <= MAX_FRAMES:
         return frames
     half = MAX_FRAMES // 2
     left_out = Frame(f"... {len(frames) - 2 * half} more frames ...", 0, "")
     return (*frames[:half], left_out, *frames[-half:])
+
+
+def _fold(frame: Frame, times: int) -> list[Frame]:
+    if times < MIN_FOLDED:
+        return [frame] * times
+    return [frame, Frame(f"... repeated {times - 1} more times ...", 0, "")]
 
 
 def frames_from(value: Any) -> tuple[Frame, ...]:

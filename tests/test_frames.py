@@ -61,3 +61,10 @@ def test_long_stacks_are_shown_from_both_ends() -> None:
     assert len(short) == MAX_FRAMES + 1 and shorten(frames[:MAX_FRAMES]) == frames[:MAX_FRAMES]
     assert (short[0], short[-1], short[MAX_FRAMES // 2].place) == (frames[0], frames[-1], "... 940 more frames ...")
     assert len(frames_from([{"file": "a.py", "line": 1}] * 10_000)) == MAX_FRAMES + 1
+
+
+def test_a_line_that_calls_itself_is_shown_once() -> None:
+    first, same, last = Frame("a.py", 9, "g"), Frame("a.py", 1, "f"), Frame("a.py", 2, "f")
+    short = shorten((first, *[same] * 990, last))
+    assert (short[:2], short[3:]) == ((first, same), (last,)) and short[2].place == "... repeated 989 more times ..."
+    assert shorten((same, same, last)) == (same, same, last)

@@ -89,7 +89,10 @@ def receive(tensor, group):
     dist.recv(tensor, 1, group=group)
 
 
-@pytest.mark.parametrize(("engine", "what"), [("deepspeed", add), ("deepspeed", receive), ("megatron", add)])
+@pytest.mark.parametrize(
+    ("engine", "what"),
+    [("deepspeed", receive), ("megatron", add), pytest.param("deepspeed", add, marks=pytest.mark.full)],
+)
 def test_one_that_waits_in_an_engines_group_is_told_in_time(engine, what):
     (message, seconds), other = ranks(2).run(wait_in_a_sub_group, engine, what)
     assert "imed out" in message

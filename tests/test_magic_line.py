@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +16,8 @@ from torch.distributed.run import get_args_parser
 from biokit.errors import ConfigError
 from biokit.launch.magic_line import MagicLine, describe_flags, list_flags, read_line, split_words
 from biokit.launch.orders import GIVEN, HERE, Order
+from biokit.launch.torchrun_flags import torchrun_parser
+from tests.kernel import REPOSITORY
 
 ODD = "a b\"c'; touch X # $(touch Y) `touch Z` | & \\ {x} $x \n end"
 
@@ -40,7 +45,6 @@ def read(line: str, is_cell: bool = False) -> MagicLine:
             "--nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint h:1",
             "x.py", GIVEN, 16,
         ),
-        ("--nnodes 2 x.py", "--nnodes 2 --nproc-per-node 1", "x.py", GIVEN, 2),
         ("--master-port 1234 x.py", "--nproc-per-node 1 --master-port 1234", "x.py", GIVEN, 1),
         ("--standalone --rdzv-id 7 x.py", "--rdzv-id 7 --standalone --nproc-per-node 1", "x.py", GIVEN, 1),
     ],
@@ -81,12 +85,10 @@ def test_a_cell_is_the_program() -> None:
 
 def test_a_node_by_the_environment_is_no_meeting_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PET_RDZV_ENDPOINT", "host:1")
-    from biokit.launch import magic_line
-
-    magic_line._parser.cache_clear()
+    torchrun_parser.cache_clear()
     assert read("x.py").placement == GIVEN
     monkeypatch.undo()
-    magic_line._parser.cache_clear()
+    torchrun_parser.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -110,6 +112,18 @@ def test_a_node_by_the_environment_is_no_meeting_place(monkeypatch: pytest.Monke
         ("--nproc-per-node 2 x.py", True, "x.py is a program, and the cell is one too"),
         ("--no-python", True, "--no-python and a cell exclude one another"),
         ("--out 2x", True, "--out 2x: it is not a name"),
+        ("--nproc-per-node 0 x.py", False, "--nproc-per-node 0: it is below 1"),
+        ("--nproc-per-node -1 x.py", False, "it is below 1"),
+        ("--nnodes 0 x.py", False, "min_nodes must be > 0"),
+        ("--nnodes 2:1 x.py", False, "min_nodes must be > 0 and <= max_nodes"),
+        ("--nnodes 2", True, "%%torchrun --nnodes 2: there is no --rdzv-endpoint"),
+        ("--tee 9 x.py", False, "9 does not match"),
+        ("--redirects 0:7 x.py", False, "0:7 does not match"),
+        ("--max-restarts -3 x.py", False, "max_restarts must be >= 0"),
+        ("--logs-specs nosuch x.py", False, "nosuch"),
+        ("--log-dir /proc/nope x.py", False, "--log-dir /proc/nope: it cannot be made"),
+        ("x.py a\0b", False, "a word holds a NUL character"),
+        (f"x.py {'a' * 200_000}", False, "a word has 200,000 characters"),
     ],
 )
 def test_mistakes(line: str, is_cell: bool, message: str) -> None:
@@ -139,6 +153,40 @@ def test_what_is_no_expression_stays() -> None:
 def test_expressions_that_fail_are_not_passed_on(line: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         split_words(line, {})
+    with pytest.raises(ConfigError, match="^%submit "):
+        split_words(line, {}, "%submit")
+
+
+def test_flags_are_looked_at_without_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    asked = read(f"--nproc-per-node 2 --log-dir {tmp_path / 'a' / 'logs'} x.py")
+    assert asked.num_ranks == 2 and not list(tmp_path.iterdir()) and "OMP_NUM_THREADS" not in os.environ
+
+
+def test_an_interrupt_leaves_no_import_half_done(tmp_path: Path) -> None:
+    """A line that is read first has torch imported; the interrupt comes while a module of it waits."""
+    (tmp_path / "slow.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(1)\nx = 1\n")
+    code = (
+        "from biokit.launch.whole_imports import import_whole\n"
+        "try:\n    import_whole('slow')\n    print('not interrupted')\n"
+        "except KeyboardInterrupt:\n    pass\n"
+        "print(import_whole('slow').x)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(tmp_path)])}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30)[0] == "1\n"  # imported once, to its end
+
+
+def test_torch_is_imported_whole() -> None:
+    code = (
+        "import sys, threading\nfrom biokit.launch.magic_line import read_line\n"
+        "class Finder:\n    def find_spec(self, name, path=None, target=None):\n"
+        "        assert name != 'torch' or threading.current_thread() is not threading.main_thread()\n"
+        "sys.meta_path.insert(0, Finder())\nread_line(['x.py'], False)\nassert 'torch' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_an_order_line_is_safe_for_a_shell() -> None:

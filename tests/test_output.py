@@ -166,3 +166,12 @@ def test_a_line_is_shown_soon(tmp_path: Path) -> None:
             time.sleep(0.05)
     tail.look(ended=True)
     assert len(delays) == 20 and sorted(delays)[10] <= LATEST_S
+
+
+def test_a_very_long_line_is_one_line(ranks: Ranks) -> None:
+    for _ in range(5):
+        ranks.write(0, "x" * 1_000_000)
+        assert ranks.look() == []
+    ranks.write(0, "\nshort\n")
+    long, short = ranks.look() + ranks.look() + ranks.look()
+    assert long == f"[rank 0] {'x' * output.MAX_WIDTH}... (4,996,000 more characters)" and short == "[rank 0] short"

@@ -104,6 +104,7 @@ except SilentStore:
 """
 
 
+@pytest.mark.full
 def test_a_process_whose_store_is_silent_ends_as_it_wants():
     launcher = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     words, pipe = [sys.executable, "-c", LONELY], subprocess.PIPE

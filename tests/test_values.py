@@ -208,3 +208,14 @@ def test_hostile_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         read_values(path)
     assert not trap.exists()
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"a": [s]}, lambda s: {f"<{s}>": 1}, np.array, np.bytes_])
+def test_secrets_are_not_written(wrap: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "values.safetensors"
+    with pytest.raises(DataError, match="--out x: it holds a secret"):
+        write_values(path, {"y": 1, "x": wrap("hf_QwErTy123456")}, "--out", ["hf_QwErTy123456"])
+    monkeypatch.setenv("HF_TOKEN", "hf_QwErTy123456")
+    with pytest.raises(DataError, match="it holds a secret"):
+        write_values(path, {"x": wrap("hf_QwErTy123456")})
+    assert not path.exists()

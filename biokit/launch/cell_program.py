@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from biokit.errors import DataError
-from biokit.launch.values import read_values, write_values
+from biokit.launch.values import check_values, part_secrets, read_values, write_values
 from biokit.runs import RunFolder, write_atomically
-from biokit.secrets import looks_secret
 
 GIVEN = "BIOKIT_WITH_"  # begins the variables that carry secret values
 
@@ -29,10 +28,13 @@ def write_cell(folder: RunFolder, code: str, given: Mapping[str, Any]) -> dict[s
         Variables for the run's environment: values with secret names, which are written nowhere.
 
     Raises:
-        DataError: a value that is not data.
+        DataError: a value that is not data, or that holds a secret; the folder is not made.
+        RunError: the folder cannot be made.
     """
-    secret = {name: value for name, value in given.items() if looks_secret(name) and isinstance(value, str)}
-    write_values(_given_file(folder), {name: given[name] for name in given if name not in secret}, "--with")
+    secret, plain = part_secrets(given)
+    check_values(plain, "--with", secret.values())
+    folder.create()
+    write_values(_given_file(folder), plain, "--with", secret.values())
     write_atomically(_cell_file(folder), f"\n{code}")
     return {f"{GIVEN}{name}": value for name, value in secret.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from biokit.errors import RunError
@@ -45,6 +46,25 @@ class RunFailed(RunError):
         return [f"{type(self).__name__}: {self.found.splitlines()[0]}"]
 
 
+class Interrupted(KeyboardInterrupt):
+    """An interrupt of a cell; IPython shows one line of it, as what it met is nobody's mistake."""
+
+    def _render_traceback_(self) -> list[str]:
+        return ["KeyboardInterrupt: the cell was interrupted"]
+
+
+Interrupted.__name__ = "KeyboardInterrupt"  # what is said of it in a notebook
+
+
+@contextlib.contextmanager
+def told_shortly() -> Iterator[None]:
+    """Have a notebook show an interrupt in one line, without what it interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted from None
+
+
 def card_of(failure: Failure | None, hang: Hang | None) -> Card | None:
     """The failure card; where there is only a hang, where the ranks stood."""
     if failure is not None:
@@ -63,6 +83,8 @@ def explain_end(folder: RunFolder, status: str, kind: str) -> RunFailed:
     hang = hang if hang and hang.life == folder.last_life() else None
     card = card_of(failure, hang)
     found = card.text if card else f"{status}\n{_last_words(folder, kind)}"
+    if not folder.path.is_dir():
+        return RunFailed(f"run {folder.path}", f"{status}\nIts folder is gone.\n", "Start it again", failure, hang)
     goes_on = "it goes on from its last checkpoint" if kind == "train" else f"see {folder.path}"
     do = f"Mend the cause and start it again: {goes_on}"
     return RunFailed(f"run {folder.path}", f"{found}\n", do, failure, hang)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import functools
 import io
 import json
 import os
@@ -22,6 +21,7 @@ from typing import Any
 from biokit.errors import ConfigError
 from biokit.launch.orders import GIVEN, HERE, SLURM
 from biokit.launch.slurm import choose_placement
+from biokit.launch.torchrun_flags import count_processes, torchrun_parser
 
 CELL = "cell.py"
 HELP = """%torchrun [torchrun's flags] [own flags] script.py [arguments]
@@ -45,6 +45,7 @@ _VALUED = ("--out", "--with", "--timeout", "--run-dir", "--attach", "--stop")
 _SWITCHES = ("--bg", "--detach", "--dry-run", "--status")
 _RENDEZVOUS = ("rdzv_backend", "rdzv_endpoint", "rdzv_id", "rdzv_conf", "node_rank", "master_addr", "master_port")
 _UNSET: Any = object()
+MAX_WORD_BYTES = (1 << 17) - 1  # of one argument of a program, on Linux
 _MARK = re.compile("\ue000(\\d+)\ue001")  # private characters: nobody types them
 
 
@@ -93,6 +94,7 @@ def read_line(words: Sequence[str], is_cell: bool) -> MagicLine:
     Raises:
         ConfigError: torchrun's parser or one of our flags refuses it.
     """
+    _check_words(words, _asked(is_cell))
     split = _split_cell(words) if is_cell else _split_line(words)
     own = split.own
     if "--help" in own:
@@ -118,8 +120,11 @@ def read_line(words: Sequence[str], is_cell: bool) -> MagicLine:
     )
 
 
-def split_words(line: str, names: Mapping[str, Any]) -> list[str]:
+def split_words(line: str, names: Mapping[str, Any], magic: str = "%torchrun") -> list[str]:
     """The words of a line, quotes as in a shell, with `{expression}` and `$name` replaced; each stays one word.
+
+    Args:
+        magic: whose line it is, for errors.
 
     Raises:
         ConfigError: a quote that does not end, or an expression that fails.
@@ -129,22 +134,22 @@ def split_words(line: str, names: Mapping[str, Any]) -> list[str]:
     try:
         words = shlex.split(hidden)
     except ValueError as error:
-        raise ConfigError(f"%torchrun {line.strip()}", str(error), "Close the quote") from error
+        raise ConfigError(f"{magic} {line.strip()}", str(error), "Close the quote") from error
     pieces = [_MARK.split(word) for word in words]  # plain text and numbers of spans in turn
     return [
-        "".join(_expand(spans[int(piece)] if i % 2 else piece, names) for i, piece in enumerate(parts))
+        "".join(_expand(spans[int(piece)] if i % 2 else piece, names, magic) for i, piece in enumerate(parts))
         for parts in pieces
     ]
 
 
 def describe_flags() -> str:
     """The help text: own flags, then torchrun's."""
-    return HELP + _parser().format_help().partition("options:\n")[2]
+    return HELP + torchrun_parser().format_help().partition("options:\n")[2]
 
 
 def list_flags() -> list[str]:
     """All flags, as completion offers them."""
-    found = re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*(?![\w-])", _parser().format_help())
+    found = re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*(?![\w-])", torchrun_parser().format_help())
     known = {flag for flag in found if not any(other.startswith(flag) for other in found if other != flag)}  # no begun
     return sorted({*known, *_VALUED, *_SWITCHES})
 
@@ -167,7 +172,7 @@ def _hide_spans(line: str, spans: list[str]) -> list[str]:
     return [*pieces, line[start:]]
 
 
-def _expand(piece: str, names: Mapping[str, Any]) -> str:
+def _expand(piece: str, names: Mapping[str, Any], magic: str) -> str:
     """A `{...}` or plain text with its values, by IPython's rules; a dict stays as it is (JSON for a script)."""
     if not {"{", "$"} & set(piece) or _is_dict(piece):
         return piece
@@ -179,7 +184,7 @@ def _expand(piece: str, names: Mapping[str, Any]) -> str:
         if not piece.startswith("{"):
             return piece
         found = f"it fails ({type(error).__name__}: {error})"
-        raise ConfigError(f"%torchrun {piece}", found, "Mend it, or write {{ and }} for braces") from error
+        raise ConfigError(f"{magic} {piece}", found, "Mend it, or write {{ and }} for braces") from error
 
 
 def _is_dict(piece: str) -> bool:
@@ -241,22 +246,19 @@ def _take_own(words: Sequence[str], split: _Split) -> Any:
 
 def _read_torchrun(split: _Split, is_cell: bool) -> dict[str, Any]:
     """The fields of a MagicLine that torchrun's flags decide."""
-    from torch.distributed.run import determine_local_world_size, parse_min_max_nnodes
-
     asked = _asked(is_cell)
     options = _parse([*split.words, split.program], is_cell)
     if options.training_script != split.program or options.training_script_args:
         found = f"{options.training_script} is a program, and the cell is one too"
         raise ConfigError(asked, found, "Use %torchrun for it; arguments of the cell stand after --")
     given = _find_given(split)
-    try:
-        _, num_nodes = parse_min_max_nnodes(options.nnodes)
-        num_local = determine_local_world_size(options.nproc_per_node)
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(asked, str(error), "See %torchrun?") from error
+    num_nodes, num_local = count_processes(options, asked)
     meets = any(name in given or os.environ.get(f"PET_{name.upper()}") for name in _RENDEZVOUS)
     here = choose_placement(num_nodes)
-    placement = GIVEN if meets or (num_nodes > 1 and here == HERE) else here
+    if num_nodes > 1 and here == HERE and not meets:
+        do = "Say where the nodes meet; for two on this machine: start_training(..., num_nodes=2)"
+        raise ConfigError(f"{asked} --nnodes {options.nnodes}", "there is no --rdzv-endpoint", do)
+    placement = GIVEN if meets else here
     if options.no_python and (options.module or is_cell):
         what = "a cell" if is_cell else "--module"
         raise ConfigError(asked, f"--no-python and {what} exclude one another", "Leave one of them out")
@@ -275,8 +277,8 @@ def _read_torchrun(split: _Split, is_cell: bool) -> dict[str, Any]:
 
 def _find_given(split: _Split) -> dict[str, Any]:
     """Which of torchrun's options stand on the line, and their values: what the parser does not set stays unset."""
-    unset = dict.fromkeys(vars(_parser().parse_args(["x"])), _UNSET)
-    options = vars(_parser().parse_args([*split.words, split.program], argparse.Namespace(**unset)))
+    unset = dict.fromkeys(vars(torchrun_parser().parse_args(["x"])), _UNSET)
+    options = vars(torchrun_parser().parse_args([*split.words, split.program], argparse.Namespace(**unset)))
     return {
         name: value for name, value in options.items() if value is not _UNSET and not name.startswith("training_script")
     }
@@ -289,18 +291,9 @@ def _spell(options: Mapping[str, Any]) -> list[str]:
     return words
 
 
-@functools.cache
-def _parser() -> argparse.ArgumentParser:
-    from torch.distributed.run import get_args_parser
-
-    parser = get_args_parser()
-    parser.prog = "%torchrun"
-    return parser
-
-
 def _try(words: Sequence[str]) -> argparse.Namespace | None:
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
-        return _parser().parse_args(list(words))
+        return torchrun_parser().parse_args(list(words))
     return None
 
 
@@ -313,10 +306,20 @@ def _parse(words: Sequence[str], is_cell: bool) -> argparse.Namespace:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return _parser().parse_args(list(words))
+            return torchrun_parser().parse_args(list(words))
     except SystemExit as error:
         found = said.getvalue().strip().rpartition("error: ")[2]
         raise ConfigError(_asked(is_cell), found, "See %torchrun?") from error
+
+
+def _check_words(words: Sequence[str], asked: str) -> None:
+    """Refuse what no program can be given."""
+    for word in words:
+        if "\0" in word:
+            raise ConfigError(asked, "a word holds a NUL character", "Leave it out")
+        if len(os.fsencode(word)) > MAX_WORD_BYTES:
+            found = f"a word has {len(word):,} characters, and Linux passes on {MAX_WORD_BYTES:,} bytes"
+            raise ConfigError(asked, found, "Give it as a file")
 
 
 def _asked(is_cell: bool) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.machinery
+import importlib.util
 import os
 import secrets
 import shlex
+import shutil
 import symtable
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +22,7 @@ from IPython.core.magic import Magics, line_cell_magic, magics_class, needs_loca
 
 from biokit.errors import BiokitError, ConfigError, RunError
 from biokit.launch.cell_program import cell_words, write_cell
+from biokit.launch.failed_run import told_shortly
 from biokit.launch.hidden_words import hide_words
 from biokit.launch.listing import find_run, list_runs
 from biokit.launch.live_cell import end_now, follow_run
@@ -30,6 +35,7 @@ from biokit.launch.started import check_free
 from biokit.runs import RunFolder
 from biokit.secrets import looks_secret, mask, mask_words
 
+MAX_SHOWN = 200  # characters of a name or a line that is refused
 DETACHED_LIMIT_S = 24 * 3600.0
 RUNS = "BIOKIT_RUNS"  # variable: the folder of all runs, in place of `runs`
 INLINE = "module://matplotlib_inline"  # a kernel's way to draw, which no other process has
@@ -51,6 +57,7 @@ class TorchrunMagics(Magics):
     @needs_local_scope
     @no_var_expand
     @line_cell_magic
+    @told_shortly()
     def torchrun(self, line: str, cell: str | None = None, local_ns: Mapping[str, Any] | None = None) -> Any:
         """Run a script, or this cell, in every process that torchrun starts (`%torchrun --help`)."""
         names = {**self.shell.user_ns, **(local_ns or {})}
@@ -63,6 +70,8 @@ class TorchrunMagics(Magics):
             folder = RunFolder(Path(asked.run_dir) if asked.run_dir else new_folder())
             if cell is not None:
                 check_cell(cell, asked, names)
+            else:
+                check_program(asked)
             if asked.dry_run:
                 return print(describe_launch(Launch(folder, make_order(asked, folder, cell is not None))))
             launch = prepare_launch(asked, folder, cell, names)
@@ -81,14 +90,10 @@ def check_cell(cell: str, asked: MagicLine, names: Mapping[str, Any]) -> None:
     """Refuse what cannot work before anything is started.
 
     Raises:
-        SyntaxError: the cell is no Python.
-        ConfigError: a name for `--with` that is not there, one for `--out` that the cell does not make, a secret.
+        ConfigError: the cell is no Python; a name for `--with` that is not there, one for `--out` that the cell does
+            not make, a secret.
     """
-    for number, text in enumerate(cell.splitlines(), start=2):
-        if text.startswith(("%", "!")):
-            found = f"line {number} is IPython's: {text}"
-            raise ConfigError("the cell", found, "Leave it out: the processes run plain Python")
-    compile(f"\n{cell}", "cell.py", "exec", dont_inherit=True)
+    _check_python(cell)
     if mask(cell) != cell:
         raise ConfigError("the cell", "it spells out a secret of the environment", "Read it from os.environ")
     for name in asked.given:
@@ -107,20 +112,19 @@ def prepare_launch(asked: MagicLine, folder: RunFolder, cell: str | None, names:
     """Write down what the run needs.
 
     Raises:
-        BiokitError: no such script, a value that is not data, or a run is alive in the folder.
+        BiokitError: a value that is not data, a folder that cannot be made, or in which a run is alive.
     """
+    _check_path(folder)
     check_free(folder)
-    if cell is None:
-        _check_program(asked)
     variables = {}
     if cell is not None:
-        folder.create()
         variables = write_cell(folder, cell, {name: names[name] for name in asked.given})
     order = make_order(asked, folder, cell is not None)
     program, hidden = hide_words(order.program)
     if hidden and "--no-python" in order.torchrun:
         found = "a secret word would be written into the run folder"
         raise ConfigError("%torchrun --no-python", found, "Give it as an environment variable")
+    folder.create()
     facts = {"line": shlex.join(mask_words(shlex.split(order.line())))}
     return Launch(folder, replace(order, program=program, facts=facts), variables | hidden)
 
@@ -227,12 +231,72 @@ def _look_up(asked: MagicLine) -> Any:
     return run
 
 
-def _check_program(asked: MagicLine) -> None:
+def check_program(asked: MagicLine) -> None:
+    """Refuse a script, module or program that is not there.
+
+    Raises:
+        ConfigError: it is not.
+    """
     script = asked.program[0]
-    if script == "-m" or "--no-python" in asked.torchrun:
+    if script == "-m":
+        name = asked.program[1]
+        if not _is_module(name.partition(".")[0]):
+            do = f"Check its name; this is {Path.cwd()}"
+            raise ConfigError(f"%torchrun -m {name}", "there is no such module", do)
+    elif "--no-python" in asked.torchrun:
+        if shutil.which(script) is None:
+            raise ConfigError(f"%torchrun --no-python {script}", "there is no such program", "Check its name")
+    elif not _is_there(Path(script)):
+        shown = script if len(script) <= MAX_SHOWN else f"{script[:MAX_SHOWN]}..."
+        raise ConfigError(f"%torchrun {shown}", "there is no such file", f"Check the path; this is {Path.cwd()}")
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that no file can have
+        return False
+
+
+def _is_module(name: str) -> bool:
+    """Whether Python finds a module, without importing it; the ranks look into this folder too."""
+    with contextlib.suppress(ImportError, ValueError):
+        return bool(importlib.machinery.PathFinder.find_spec(name, [str(Path.cwd())]) or importlib.util.find_spec(name))
+    return False
+
+
+def _check_path(folder: RunFolder) -> None:
+    """Refuse a path that no folder can have, before it is asked whose it is."""
+    try:
+        folder.path.stat()
+    except FileNotFoundError:
         return
-    if not Path(script).exists():
-        raise ConfigError(f"%torchrun {script}", "there is no such file", f"Check the path; this is {Path.cwd()}")
+    except OSError as error:
+        shown = str(folder.path)[:MAX_SHOWN]
+        raise RunError(f"run folder {shown}", f"it cannot be made ({error.strerror})", "Give another") from error
+
+
+def _check_python(cell: str) -> None:
+    lines = cell.splitlines()
+    for number, text in enumerate(lines, start=2):
+        if text.startswith(("%", "!")):
+            raise _refuse_line(number, text)
+    try:
+        compile(f"\n{cell}", "cell.py", "exec", dont_inherit=True)
+    except SyntaxError as error:
+        number = error.lineno or 2
+        text = lines[number - 2] if 2 <= number < len(lines) + 2 else ""
+        if text.lstrip().startswith(("%", "!")):
+            raise _refuse_line(number, text.strip()) from None
+        found = f"line {number} is no Python ({error.msg}): {mask(text.strip())[:MAX_SHOWN]}"
+        raise ConfigError("the cell", found, "Mend the line") from None
+    except (ValueError, RecursionError, MemoryError, OverflowError) as error:
+        raise ConfigError("the cell", f"Python cannot read it ({error})", "Mend it") from None
+
+
+def _refuse_line(number: int, text: str) -> ConfigError:
+    found = f"line {number} is IPython's: {text}"
+    return ConfigError("the cell", found, "Leave it out: the processes run plain Python")
 
 
 def _find_assigned(cell: str) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import time
@@ -107,6 +108,7 @@ class _Source:
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb")
         self._begun = b""
+        self._num_cut = 0  # characters of the begun line that are not kept
         self._bar = ""
         self._bar_shown = 0.0
 
@@ -120,14 +122,28 @@ class _Source:
         new = self._file.read(READ_BYTES)
         data = self._begun + new
         more = len(new) == READ_BYTES
-        end = len(data) if (ended and not more) or len(data) > READ_BYTES else data.rfind(b"\n") + 1
-        self._begun = data[end:]
+        end = len(data) if ended and not more else data.rfind(b"\n") + 1
+        num_cut = self._num_cut if end else 0
+        self._begun, self._num_cut = data[end:], 0 if end else self._num_cut
+        self._cut_begun()
         text = mask(data[:end].decode("utf-8", errors="replace")).removesuffix("\n")
         text = _TRACEBACK.sub(lambda found: show_near(found[0]), text)
-        lines = [seen for line in text.split("\n") if (seen := _last(line)) is not None] if end else []
+        whole = zip(text.split("\n"), itertools.chain([num_cut], itertools.repeat(0)), strict=False)
+        lines = [seen for line, cut in whole if (seen := _last(line, cut)) is not None] if end else []
         if lines:
             self._bar = ""
         return lines + self._bar_due(wait_s), more
+
+    def _cut_begun(self) -> None:
+        """Keep of a very long line what will be shown of it: its begin, or the last states of a bar."""
+        if len(self._begun) <= READ_BYTES:
+            return
+        half = READ_BYTES // 2
+        if b"\r" in self._begun:
+            self._begun = self._begun[-half:]
+        else:
+            self._num_cut += len(self._begun[half:].decode("utf-8", errors="ignore"))
+            self._begun = self._begun[:half]
 
     def _bar_due(self, wait_s: float) -> list[str]:
         """The state of a progress bar: a begun line that was written over itself."""
@@ -143,7 +159,7 @@ class _Source:
     def skip(self) -> None:
         """Go on from the end of the file."""
         self._file.seek(0, os.SEEK_END)
-        self._begun = b""
+        self._begun, self._num_cut = b"", 0
 
     def close(self) -> None:
         self._file.close()
@@ -152,10 +168,15 @@ class _Source:
 _TRACEBACK = re.compile(r'(?<=File )"/[^"\n]+"(?=, line \d)')  # of a notebook, files are shown from its folder
 
 
-def _last(line: str) -> str | None:
-    """What is seen of a line in the end; None of one that only wiped itself out."""
+def _last(line: str, num_cut: int = 0) -> str | None:
+    """What is seen of a line in the end; None of one that only wiped itself out.
+
+    Args:
+        num_cut: characters of the line that are not here.
+    """
     states = _MOVES.sub("", line).rstrip("\r").split("\r")
     seen = next((state for state in reversed(states) if state.strip()), "")
     if not seen and len(states) > 1:
         return None
-    return seen if len(seen) <= MAX_WIDTH else f"{seen[:MAX_WIDTH]}... ({len(seen) - MAX_WIDTH:,} more characters)"
+    num_more = len(seen) + num_cut - MAX_WIDTH
+    return seen if num_more <= 0 else f"{seen[:MAX_WIDTH]}... ({num_more:,} more characters)"

@@ -53,12 +53,11 @@ def main(words: Sequence[str]) -> None:
     sys.stdout, sys.stderr = _open_lines(1), _open_lines(2)
     end_with(parent)
     os.environ[LIFE] = f"{os.getpid()}:{life.path}"
-    if "--exec" in switches:
-        os.execvp(program[0], program)
-    stacks.answer_requests(life.stack_file(rank))
+    if "--exec" not in switches:
+        stacks.answer_requests(life.stack_file(rank))
     code = 1
     try:
-        run_program(program)
+        (replace_process if "--exec" in switches else run_program)(program)
         code = 0
     except SystemExit as error:
         code = 0 if error.code is None else error.code if isinstance(error.code, int) else 1
@@ -71,7 +70,7 @@ def main(words: Sequence[str]) -> None:
         code = EXIT_USER_ERROR
         sys.exit(code)
     except BaseException as error:
-        error.__traceback__ = _program_frames(error.__traceback__)
+        error.__traceback__ = program_frames(error.__traceback__)
         note_error(life, rank, error)
         sys.excepthook(type(error), error, error.__traceback__)
         _let_the_cause_go_first(error)
@@ -146,6 +145,19 @@ def _open_lines(number: int) -> IO[str]:
     return cast(IO[str], stream)
 
 
+def replace_process(program: Sequence[str]) -> None:
+    """Become a program that is not Python's.
+
+    Raises:
+        ProgramError: there is no such program.
+    """
+    try:
+        os.execvp(program[0], list(program))
+    except OSError as error:
+        found = f"it cannot be run ({error.strerror})"
+        raise ProgramError(f"program {program[0]}", found, "Check its name and its permissions") from error
+
+
 def run_program(program: Sequence[str]) -> None:
     """Run a script (a path) or a module (`-m`, a name) in this process as Python itself would.
 
@@ -201,7 +213,7 @@ def _load_module(name: str) -> tuple[types.CodeType, types.ModuleType]:
     return code, main
 
 
-def _program_frames(trace: types.TracebackType | None) -> types.TracebackType | None:
+def program_frames(trace: types.TracebackType | None) -> types.TracebackType | None:
     """A traceback without the frames of the launcher, which ran the program or the cell."""
     own = str(Path(__file__).parent)
     while trace is not None and trace.tb_frame.f_code.co_filename.startswith(own):

@@ -42,7 +42,7 @@ class SubmitMagics(Magics):
         Returns the Run of the job's folder; of an array, once it was followed to its end, the table of its runs.
         """
         try:
-            words = split_words(line, {**self.shell.user_ns, **(local_ns or {})})
+            words = split_words(line, {**self.shell.user_ns, **(local_ns or {})}, "%submit")
             options = make_parser().parse_args(words)
             submission = None if options.follow else prepare(options)
         except _Helped:

@@ -58,9 +58,10 @@ def complete_order(folder: RunFolder, order: Order) -> Order:
     """An order with the facts of now; what an earlier run of the folder left of its end is removed.
 
     Raises:
-        RunError: a run is alive in the folder.
+        RunError: a run is alive in the folder, or it cannot be made.
     """
     check_free(folder)
+    folder.create()
     for file in (folder.failure_file, folder.hang_file, folder.result_file):
         file.unlink(missing_ok=True)
     return replace(order, facts=collect_facts(order))

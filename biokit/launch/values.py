@@ -16,12 +16,14 @@ import os
 import re
 import tempfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from biokit.errors import DataError
+from biokit.launch.whole_imports import import_whole
 from biokit.runs import LEFTOVER, flush_to_disk
+from biokit.secrets import looks_secret, mask
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,24 +34,22 @@ _NATIVE = re.compile(r"\|b1|\|[iu]1|<[iu][248]|<f[248]|<c8")  # numpy's types th
 _PLAIN_ARRAY = re.compile(r"\|b1|\|[iu]1|[<>][iu][248]|[<>]f\d+|[<>]c\d+|[<>][mM]8(\[\w+\])?|\|S\d+|[<>]U\d+")
 
 
-def write_values(path: Path, values: Mapping[str, Any], flag: str = "values") -> None:
+def write_values(path: Path, values: Mapping[str, Any], flag: str = "values", secrets: Collection[str] = ()) -> None:
     """Replace a file of named values in one step.
 
     Tensors come back on the CPU, without gradients and of the plain class; subclasses of dict as dict.
 
     Args:
         flag: what an error names as asked for, e.g. `--out`.
+        secrets: beside those of the environment.
 
     Raises:
-        DataError: a value that is not data; names its place, e.g. `model["head"] is a Linear`.
+        DataError: a value that is not data, or that holds a secret; names its place: `model["head"] is a Linear`.
     """
+    import_whole("safetensors.numpy")
     from safetensors.numpy import save_file
 
-    writer = _Writer()
-    nodes = {}
-    for name, value in values.items():
-        writer.asked = f"{flag} {name}"
-        nodes[name] = writer.encode(value, name, ())
+    writer, nodes = _encode(values, flag, secrets)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=LEFTOVER)
     os.close(handle)
@@ -61,6 +61,21 @@ def write_values(path: Path, values: Mapping[str, Any], flag: str = "values") ->
     except BaseException:
         Path(beside).unlink(missing_ok=True)
         raise
+
+
+def check_values(values: Mapping[str, Any], flag: str = "values", secrets: Collection[str] = ()) -> None:
+    """Refuse what `write_values` would refuse; nothing is written.
+
+    Raises:
+        DataError: a value that is not data, or that holds a secret.
+    """
+    _encode(values, flag, secrets)
+
+
+def part_secrets(values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Texts with secret names, which are written to no file, and all other values."""
+    secret = {name: value for name, value in values.items() if looks_secret(name) and isinstance(value, str)}
+    return secret, {name: value for name, value in values.items() if name not in secret}
 
 
 def read_values(path: Path) -> dict[str, Any]:
@@ -84,16 +99,31 @@ def read_values(path: Path) -> dict[str, Any]:
         raise DataError(f"values of {path}", found, "Run the cell again") from error
 
 
+def _encode(values: Mapping[str, Any], flag: str, secrets: Collection[str]) -> tuple[_Writer, dict[str, Any]]:
+    writer, nodes = _Writer(), {}
+    for name, value in values.items():
+        writer.asked, writer.texts = f"{flag} {name}", []
+        nodes[name] = writer.encode(value, name, ())
+        text = "\n".join(writer.texts)  # at once: to look at each for every secret takes minutes for many
+        if mask(text, secrets) != text:
+            do = "Leave it out, or read it from os.environ where it is needed"
+            raise DataError(writer.asked, "it holds a secret, which would be written to a file", do)
+    return writer, nodes
+
+
 class _Writer:
     """Turns values into JSON nodes and, beside them, flat arrays."""
 
     def __init__(self) -> None:
         self.arrays: dict[str, np.ndarray] = {}
         self.asked = ""
+        self.texts: list[str] = []  # all that could hold a secret
 
     def encode(self, value: Any, place: str, above: tuple[int, ...]) -> Any:
         """The node of a value. `place`: how Python reaches it; `above`: ids of the containers that it is in."""
         kind = type(value)
+        if kind is str:
+            self.texts.append(value)
         if value is None or kind in (bool, str):
             return value
         if kind is int:
@@ -144,6 +174,8 @@ class _Writer:
         flat = np.ascontiguousarray(value).reshape(-1)
         if not dtype.itemsize:  # texts that are all empty
             flat = flat.astype(f"{dtype.kind}1")
+        if dtype.kind in "SU":
+            self.texts += [part if dtype.kind == "U" else part.decode("latin-1") for part in flat.tolist()]
         kind = "array" if type(value) is np.ndarray else "scalar"
         stored = flat if _NATIVE.fullmatch(dtype.str) else flat.view(np.uint8)
         return self._keep(kind, stored, flat.dtype.str, value.shape)
@@ -214,6 +246,7 @@ def _decode_array(stored: Any, dtype: str, shape: list[int], kind: str) -> Any:
 
 
 def _decode_tensor(stored: Any, dtype: str, shape: list[int]) -> Any:
+    import_whole("torch")
     import torch
 
     kind = getattr(torch, dtype, None)

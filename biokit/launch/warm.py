@@ -24,12 +24,12 @@ from biokit.launch.orders import Order
 from biokit.launch.run import start_run
 from biokit.launch.started import find_started
 from biokit.launch.tree import end_tree
-from biokit.launch.values import write_values
+from biokit.launch.values import part_secrets, write_values
 from biokit.launch.warm_members import Member, admit, open_door, receive_any
 from biokit.launch.warm_messages import FAILED, INTERRUPTED, write_token
 from biokit.launch.warm_watch import GONE, POLL_S, CellWatch
 from biokit.runs import RunFolder
-from biokit.secrets import looks_secret, mask
+from biokit.secrets import mask
 from biokit.stacks import Hang, save_hang
 
 START_S = 180.0  # for all ranks to come up
@@ -162,11 +162,10 @@ class Pool:
         compile(code, str(file), "exec", dont_inherit=True)
         folder.life(1).create()
         file.write_text(mask(code), encoding="utf-8", errors="surrogateescape")
-        secret = {name: value for name, value in cell.given.items() if looks_secret(name) and isinstance(value, str)}
-        plain = {name: value for name, value in cell.given.items() if name not in secret}
+        secret, plain = part_secrets(cell.given)
         given = folder.path / "given.safetensors"
         if plain:
-            write_values(given, plain, "--with")
+            write_values(given, plain, "--with", secret.values())
         return {
             "do": "run",
             "code": code,
@@ -212,9 +211,12 @@ class Pool:
         return replace(failure, headline=str(causes[0]), causes=tuple(causes))
 
     def show(self, names: Sequence[str], timeout_s: float = ANSWER_S) -> dict[int, dict[str, dict[str, str]]]:
-        """`type`, `about` and `text` of each rank's variables of these names; what a rank does not have is left out."""
+        """`type`, `about` and `text` of each rank's variables of these names; what a rank does not have is left out.
+
+        A rank that ends while it is asked (its values' own code says how they look) is left out too.
+        """
         answers = self._ask({"do": "show", "names": list(names)}, timeout_s)
-        return {rank: answer.get("variables", {}) for rank, answer in answers.items()}
+        return {rank: answer["variables"] for rank, answer in answers.items() if "variables" in answer}
 
     def end(self, at_once: bool = False) -> None:
         """End the ranks. `at_once`: those that do not answer are not waited for."""

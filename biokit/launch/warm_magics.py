@@ -15,12 +15,12 @@ from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class
 from IPython.display import display
 
 from biokit.config import RunConfig, config_to_yaml, load_config
-from biokit.errors import ConfigError
-from biokit.launch.failed_run import RunFailed
+from biokit.errors import ConfigError, DataError
+from biokit.launch.failed_run import RunFailed, told_shortly
 from biokit.launch.magic_line import MagicLine, split_words
 from biokit.launch.magics import check_cell, drawing_environment, new_folder
 from biokit.launch.output import OutputTail
-from biokit.launch.values import read_values
+from biokit.launch.values import check_values, part_secrets, read_values
 from biokit.launch.warm import Cell, CellEnd, Pool
 from biokit.runs import RunFolder
 from biokit.secrets import looks_secret
@@ -46,6 +46,7 @@ class WarmMagics(Magics):
 
     @no_var_expand
     @line_cell_magic
+    @told_shortly()
     def ranks(self, line: str, cell: str | None = None) -> Any:
         """Run a cell in persistent processes, each of which keeps its variables for the next one.
 
@@ -61,7 +62,7 @@ class WarmMagics(Magics):
         """
         names = self.shell.user_ns
         try:
-            words = split_words(line, names)
+            words = split_words(line, names, "%ranks" if cell is None else "%%ranks")
             options = (_LINE if cell is None else _CELL).read(words)
             if cell is None:
                 return self._steer(options)
@@ -69,11 +70,13 @@ class WarmMagics(Magics):
             if secret := [name for name in options.out if looks_secret(name)]:
                 found = "it looks secret, and would be written to a file"
                 raise ConfigError(f"%%ranks --out {secret[0]}", found, "Use another name")
-            pool = self._find_pool(options.num_ranks)
             given = {name: names[name] for name in options.given}
+            secrets, plain = part_secrets(given)
+            check_values(plain, "--with", secrets.values())
+            pool = self._find_pool(options.num_ranks)
             number = len(self.shell.history_manager.input_hist_parsed) - 1  # of this cell, as the notebook shows it
             wanted = Cell(cell, f"cell_{number}", given, options.out, options.timeout_s)
-        except ConfigError as error:  # the user's mistake, before anything is started
+        except (ConfigError, DataError) as error:  # the user's mistake, before anything is started
             raise UsageError(str(error)) from None
         return self._run(pool, wanted)
 
@@ -89,7 +92,7 @@ class WarmMagics(Magics):
         from biokit.launch.check_parallel import NUM_STEPS, check_parallel
 
         try:
-            options = _CHECK.read(split_words(line, self.shell.user_ns))
+            options = _CHECK.read(split_words(line, self.shell.user_ns, "%check_parallel"))
             overrides = [word for word in options.words if "=" in word]
             layouts = [word for word in options.words if "=" not in word]
             config = self._find_config(options.config, overrides)
@@ -115,7 +118,9 @@ class WarmMagics(Magics):
         if pool is None:
             print("no warm ranks; a %%ranks cell starts them")
             return None
-        return show_variables(pool, options.show) if options.show else show_ranks(pool)
+        shown = show_variables(pool, options.show) if options.show else show_ranks(pool)
+        self._pool_now()  # a value whose own code ended its rank has lost the others too
+        return shown
 
     def _find_pool(self, num_ranks: int) -> Pool:
         """The pool for a cell; 0: of whatever size.
@@ -202,10 +207,11 @@ def show_ranks(pool: Pool) -> Table:
 
 def show_variables(pool: Pool, names: Sequence[str]) -> Table:
     """The variables of these names on each rank."""
-    rows = []
-    for rank, found in sorted(pool.show(names).items()):
+    rows, answers = [], pool.show(names)
+    for rank in (member.rank for member in pool.members):
+        missing = "(not there)" if rank in answers else "(its rank has ended)"
         for name in names:
-            about = found.get(name, {"type": "(not there)", "about": "", "text": ""})
+            about = answers.get(rank, {}).get(name, {"type": missing, "about": "", "text": ""})
             rows.append([name, str(rank), about["type"], about["about"], about["text"]])
     rows.sort(key=lambda row: (names.index(row[0]), int(row[1])))
     return Table(["name", "rank", "type", "form", "value"], rows)

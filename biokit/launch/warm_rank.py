@@ -26,6 +26,7 @@ import psutil
 
 from biokit import failures
 from biokit.errors import RunError
+from biokit.launch.rank import program_frames
 from biokit.launch.values import read_values, write_values
 from biokit.launch.variables import describe_variables
 from biokit.launch.warm_messages import FAILED, FINISHED, INTERRUPTED, receive_message, send_message
@@ -98,7 +99,8 @@ class WarmRank:
             return FINISHED
         if self._interrupted and isinstance(ended_by, KeyboardInterrupt):
             return INTERRUPTED
-        failures.write_error(LifeFolder(Path(message["errors"])), self.rank, without_own_frames(ended_by))
+        ended_by.__traceback__ = program_frames(ended_by.__traceback__)
+        failures.write_error(LifeFolder(Path(message["errors"])), self.rank, ended_by)
         return FAILED
 
     def _output(self, message: Mapping[str, Any]) -> Path:
@@ -109,13 +111,19 @@ class WarmRank:
         if message["given"]:
             scope.update(read_values(Path(message["given"])))
         scope.update(message["secrets"])
-        value = run_code(message["code"], message["file"], scope)
+        value = None
+        try:
+            value = run_code(message["code"], message["file"], scope)
+        except SystemExit as error:
+            if error.code:
+                raise
         if value is not None:
             end_output(self._output(message))
             print(to_text(value))
             scope["_"] = value
         if message["wanted"] and self.rank == 0:
-            write_values(Path(message["result"]), pick(scope, message["wanted"]))
+            wanted = pick(scope, message["wanted"])
+            write_values(Path(message["result"]), wanted, "--out", message["secrets"].values())
 
 
 def run_code(code: str, file: str, scope: dict[str, Any]) -> Any:
@@ -139,7 +147,8 @@ def is_silenced(code: str) -> bool:
 def end_output(file: Path) -> None:
     """Have all that was printed stand in this rank's output file, in whole lines."""
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with contextlib.suppress(Exception):  # the cell may have put None in its place, or closed it
+            stream.flush()
         if isinstance(stream, MaskedStream):  # it may hold back what could have been the begin of a secret
             stream.close()
     if read_end(file, 1) not in ("", "\n"):
@@ -201,14 +210,6 @@ def leave_peers(peers: Sequence[int]) -> int:
                     own.shutdown(socket.SHUT_RDWR)
                     num_left += 1
     return num_left
-
-
-def without_own_frames(error: BaseException) -> BaseException:
-    """The error with a traceback that begins in the cell."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
-        trace = trace.tb_next
-    return error.with_traceback(trace)
 
 
 def preload() -> None:
