@@ -11,7 +11,8 @@ STAND_IN = """\
 #!{python}
 import json, os, sys
 with open({log!r}, "a") as log:
-    log.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
+    inside = os.environ.get("SLURM_JOB_ID", "")
+    log.write(json.dumps([inside, os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
 known = json.load(open({answers!r}))
 code, said, error = known.get(os.path.basename(sys.argv[0]), [0, "", ""])
 sys.stdout.write(said)
@@ -40,4 +41,12 @@ class FakeSlurm:
     @property
     def said(self) -> list[list[str]]:
         """The words of all calls so far."""
+        return [words for _, *words in self._read()]
+
+    @property
+    def allocations(self) -> list[str]:
+        """The job that each call took itself to be in."""
+        return [inside for inside, *_ in self._read()]
+
+    def _read(self) -> list[list[str]]:
         return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []

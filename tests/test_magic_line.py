@@ -153,7 +153,7 @@ def test_what_is_no_expression_stays() -> None:
 def test_expressions_that_fail_are_not_passed_on(line: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         split_words(line, {})
-    with pytest.raises(ConfigError, match="^%submit "):
+    with pytest.raises(ConfigError, match=r"^%submit "):
         split_words(line, {}, "%submit")
 
 

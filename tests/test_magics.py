@@ -73,7 +73,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunFolder, Any, bool,
         ("", "x = 1\ny = = 2\n", "the cell: line 3 is no Python (invalid syntax): y = = 2."),
         ("", "if True:\n    !ls\n", "line 3 is IPython's: !ls"),
         ("", "x = 1\0\n", "the cell"),
-        ("a" * 5000, None, "aaa...: there is no such file"),
+        ("a" * 5000, None, "aaa[...]: there is no such file"),
         ("--no-python nosuch", None, "--no-python nosuch: there is no such program"),
         ("--dry-run -m nosuchmod.x", None, "-m nosuchmod.x: there is no such module"),
         ("--run-dir /proc/x x.py", None, "run folder /proc/x: it cannot be made"),
@@ -194,13 +194,13 @@ def test_a_cell_runs_as_main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     folder = RunFolder(tmp_path)
     code = (
         "import sys, inspect, pickle\nclass A: pass\n"
-        "seen = [__name__, sys.argv[1:], hf_token, x, inspect.currentframe().f_lineno, A.__module__]\n"
+        "seen = [__name__, sys.argv[1:], hf_token[::-1], x, inspect.currentframe().f_lineno, A.__module__]\n"
         "pickle.loads(pickle.dumps(A()))\nsys.exit()"
     )
     assert write_cell(folder, code, {"x": torch.ones(2), "hf_token": TOKEN}) == {"BIOKIT_WITH_hf_token": TOKEN}
     run_cell(folder, ["seen"], ["--lr", "3"])
     seen = read_values(folder.result_file)["seen"]
-    assert seen[:3] == ["__main__", ["--lr", "3"], TOKEN] and seen[4:] == [4, "__main__"]
+    assert seen[:3] == ["__main__", ["--lr", "3"], TOKEN[::-1]] and seen[4:] == [4, "__main__"]
     assert torch.equal(seen[3], torch.ones(2))
     write_cell(folder, "import sys\nsys.exit(3)", {})
     with pytest.raises(SystemExit):

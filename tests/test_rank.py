@@ -81,7 +81,12 @@ def test_a_program_that_is_not_there(tmp_path: Path) -> None:
     life = LifeFolder(tmp_path / "life")
     for words in (["nowhere.py"], ["-m", "no.such.module"]):
         assert run_rank(life, str(life.path), *words, cwd=tmp_path).returncode == 2
+    assert run_rank(life, "--exec", str(life.path), "nosuch", cwd=tmp_path).returncode == 2
     said = life.output_file(0).read_text().splitlines()
+    assert (
+        said.pop()
+        == "program nosuch: it cannot be run (No such file or directory). Check its name and its permissions."
+    )
     assert said[0] == "program nowhere.py: it cannot be read (No such file or directory). Check the path."
     assert "there is no such module" in said[1] and len(said) == 2
     assert json.loads(life.error_file(0).read_text())["kind"] == "ProgramError"

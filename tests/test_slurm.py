@@ -67,11 +67,15 @@ def test_the_queue_is_read(fake: FakeSlurm) -> None:
 
 
 def test_an_allocation_is_not_handed_on(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.answer(sbatch=(0, "8\n", ""))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "1")
     monkeypatch.setenv("SLURM_CONF", "here")
-    kept = slurm._environment()
+    kept = slurm._outside()
     assert kept["SLURM_CONF"] == "here" and "SLURM_MEM_PER_NODE" not in kept and kept["PATH"]
+    slurm.submit_script(Path("job.sbatch"))
+    assert srun.find_lost_node({**INSIDE, "SLURM_JOB_NUM_NODES": "1"}) == srun.find_lost_node(INSIDE) == ""
+    assert fake.allocations == ["", "7"] and fake.said[-1][-1] == "true"  # a step of this job, and not one of its own
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(EngineError, match="scancel is not on this machine"):
         slurm.cancel("12")
@@ -350,6 +354,16 @@ def test_sruns_words(fake: FakeSlurm, tmp_path: Path) -> None:
     assert again[-1].partition(":")[2] != port and "--cpu-bind=none" not in again
     with pytest.raises(EngineError, match="not inside a Slurm allocation of so many"):
         srun.srun_command(replace(ON_TWO, num_nodes=4), odd, 1, INSIDE)
+
+
+def test_a_life_needs_all_its_nodes(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in INSIDE.items():
+        monkeypatch.setenv(name, value)
+    srun.check_nodes(2)
+    fake.answer(srun=(1, "", "Task launch failed on node n2\n"))
+    srun.check_nodes(1)  # of the first life srun itself tells
+    with pytest.raises(RunError, match="life 2: a node does not answer: Task launch failed on node n2"):
+        srun.check_nodes(2)
 
 
 def test_what_an_earlier_life_left_is_ended(fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -270,6 +270,25 @@ def interrupted(pool: Pool, code: str, monkeypatch: pytest.MonkeyPatch) -> CellE
         timer.join()
 
 
+def test_exit_0_is_a_success(pool: Pool) -> None:
+    end = run(pool, "import sys\ng = r\nsys.exit(0)", wanted=("g",))
+    assert set(end.states.values()) == {"finished"} and read_values(end.result) == {"g": 0}
+    end = run(pool, "sys.exit(3)")
+    assert set(end.states.values()) == {"failed"} and pool.alive
+
+
+def test_values_that_cannot_come_back_are_named(pool: Pool) -> None:
+    end = run(pool, "q = {1, 2}", wanted=("q",))
+    assert end.failure is not None and "--out q" in end.failure.causes[0].message
+    assert not end.failure.causes[0].frames and pool.alive
+
+
+def test_a_cell_may_take_its_output_away(pool: Pool) -> None:
+    for code in ("import sys\nkept, sys.stdout = sys.stdout, None\n5", "sys.stdout = kept"):
+        assert set(run(pool, code).states.values()) == {"finished"}
+    assert pool.alive
+
+
 def test_output_is_in_whole_lines_with_the_last_value(pool: Pool) -> None:
     file = pool.folder.life(pool.life).output_file(1)
     start = file.stat().st_size if file.exists() else 0

@@ -41,7 +41,7 @@ dist.barrier() if rank else time.sleep(100)
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
     folder = tmp_path_factory.mktemp("kernel")
     with open_kernel(folder) as made:
-        made.run("import time; lr, my_token = 0.5, 'tk-0123456789'")
+        made.run("import threading, time; lock = threading.Lock(); lr, my_token = 0.5, 'tk-0123456789'")
         yield made
     assert list_processes(folder) == []
 
@@ -57,6 +57,8 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
         ("%%ranks --out 1x\n1", "1x is not the name of a variable"),
         ("%%ranks --bg\n1", "unrecognized arguments: --bg"),
         ("%%ranks\n!ls", "line 2 is IPython's"),
+        ("%%ranks --with lock\n1", "--with lock: lock is a lock"),
+        ("%ranks 'x", "%ranks 'x: "),
         ("%ranks --show", "expected one argument"),
         ("%check_parallel", "the following arguments are required: config"),
         ("%check_parallel molbart_mini 1 dp0", "not of that form"),
@@ -144,6 +146,12 @@ def test_new_ranks_are_said_to_be_new(kernel: Kernel) -> None:
     output = kernel.run("%ranks")
     assert output.text.splitlines()[0] == "The ranks have ended since the last cell, and their variables are lost."
     assert kernel.run("%ranks --stop").status == "ok"
+
+
+def test_a_value_that_ends_its_rank_when_it_is_shown(kernel: Kernel) -> None:
+    kernel.run("%%ranks -n 1\nimport os\nclass Odd:\n    def __repr__(self):\n        os._exit(3)\nodd = Odd()")
+    output = kernel.run("%ranks --show odd")
+    assert "(its rank has ended)" in output.data[0]["text/plain"] and "their variables are lost" in output.text
 
 
 def test_layouts_are_compared(kernel: Kernel, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 from biokit.errors import ConfigError
 from biokit.launch.sbatch import SIGNAL_BEFORE_S
 
+LIVES = 3  # nobody sits beside a job
+
 MOST = 2**31 - 1  # that Slurm counts
 EPILOG = """\
 Several values by commas make a job array with one run folder each, and a table of them all at the end:
@@ -42,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--site", type=Path, metavar="FILE", help="the cluster's ways (BIOKIT_SITE, ~/.config/biokit/site.yaml)")
     add("--run-dir", type=Path, metavar="DIR", help="run folder (the configuration's; runs/<notebook's name>)")
     add("--job-name", default="", metavar="NAME", help="in the queue (the notebook's or configuration's)")
-    add("--lives", type=_count, default=1, metavar="N", help="launches within one start of the job, if ranks fail (1)")
+    help_l = f"launches within one start of the job: where ranks fail, the next goes on from the checkpoint ({LIVES})"
+    add("--lives", type=_count, default=LIVES, metavar="N", help=help_l)
     help_s = f"seconds before the time limit at which to save and go back into the queue ({SIGNAL_BEFORE_S})"
     add("--signal-before", type=_count, default=SIGNAL_BEFORE_S, metavar="S", help=help_s)
     add("--dry-run", action="store_true", help="show job.sbatch, write and submit nothing")

@@ -251,6 +251,9 @@ def _read_torchrun(split: _Split, is_cell: bool) -> dict[str, Any]:
     if options.training_script != split.program or options.training_script_args:
         found = f"{options.training_script} is a program, and the cell is one too"
         raise ConfigError(asked, found, "Use %torchrun for it; arguments of the cell stand after --")
+    if options.no_python and (options.module or is_cell):
+        what = "a cell" if is_cell else "--module"
+        raise ConfigError(asked, f"--no-python and {what} exclude one another", "Leave one of them out")
     given = _find_given(split)
     num_nodes, num_local = count_processes(options, asked)
     meets = any(name in given or os.environ.get(f"PET_{name.upper()}") for name in _RENDEZVOUS)
@@ -259,9 +262,6 @@ def _read_torchrun(split: _Split, is_cell: bool) -> dict[str, Any]:
         do = "Say where the nodes meet; for two on this machine: start_training(..., num_nodes=2)"
         raise ConfigError(f"{asked} --nnodes {options.nnodes}", "there is no --rdzv-endpoint", do)
     placement = GIVEN if meets else here
-    if options.no_python and (options.module or is_cell):
-        what = "a cell" if is_cell else "--module"
-        raise ConfigError(asked, f"--no-python and {what} exclude one another", "Leave one of them out")
     dropped = {"module", "run_path"} | {HERE: {"standalone"}, SLURM: {"standalone", "nnodes"}}.get(placement, set())
     given.setdefault("nproc_per_node", options.nproc_per_node)
     module = ["-m"] if options.module else []

@@ -247,7 +247,7 @@ def check_program(asked: MagicLine) -> None:
         if shutil.which(script) is None:
             raise ConfigError(f"%torchrun --no-python {script}", "there is no such program", "Check its name")
     elif not _is_there(Path(script)):
-        shown = script if len(script) <= MAX_SHOWN else f"{script[:MAX_SHOWN]}..."
+        shown = script if len(script) <= MAX_SHOWN else f"{script[:MAX_SHOWN]}[...]"
         raise ConfigError(f"%torchrun {shown}", "there is no such file", f"Check the path; this is {Path.cwd()}")
 
 

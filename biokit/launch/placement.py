@@ -11,7 +11,7 @@ from pathlib import Path
 from biokit.errors import ConfigError
 from biokit.launch.orders import GIVEN, HERE, NODES, SLURM, Order
 from biokit.launch.rendezvous import find_local_address, rendezvous_flags
-from biokit.launch.srun import end_steps, srun_command
+from biokit.launch.srun import check_nodes, end_steps, srun_command
 from biokit.runs import LifeFolder
 
 OWN_OUTPUT = ("--redirects", "--tee", "--log-dir")  # torchrun's flags that say where the ranks' output goes
@@ -48,6 +48,7 @@ def place_agents(order: Order, life: LifeFolder, number: int, node_rank: int = 0
         return [_place_agent(order, life, number, node_rank, order.endpoint)]
     if order.placement == SLURM:
         run_dir = life.path.absolute().parents[1]
+        check_nodes(number)
         end_steps(run_dir)
         return [Agent(0, srun_command(order, run_dir, number))]
     do = "Give `here`, `given`, `nodes` or `slurm`"

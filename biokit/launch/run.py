@@ -159,7 +159,7 @@ class Run:
         file = self.folder.life(life or self.life).output_file(rank)
         if not file.exists():
             there = sorted(int(path.stem.removeprefix("rank_")) for path in file.parent.glob("rank_*.log"))
-            if there:
+            if there and self.ended:  # until then it may still begin
                 found = "it has printed nothing"
                 raise RunError(f"logs of rank {rank}", found, f"Ranks that have: {', '.join(map(str, there))}")
             return ""

@@ -115,7 +115,7 @@ def submit_script(script: Path) -> str:
         copy = f"rsync -a {path} HOST:{path}"
         do = f"On a login node that sees the folder: sbatch {file}; where none does, copy it there first: {copy}"
         raise EngineError(f"submit {script}", "sbatch is not on this machine", do)
-    answer = ask_slurm(["sbatch", "--parsable", str(script)], "submit the job")
+    answer = ask_slurm(["sbatch", "--parsable", str(script)], "submit the job", environment=_outside())
     return answer.strip().splitlines()[-1].split(";")[0]
 
 
@@ -185,12 +185,15 @@ def choose_placement(num_nodes: int) -> str:
     return SLURM if num_nodes > 1 and has_nodes(num_nodes) else HERE
 
 
-def ask_slurm(words: Sequence[str], asked: str, fails: str | None = None) -> str:
+def ask_slurm(
+    words: Sequence[str], asked: str, fails: str | None = None, environment: Mapping[str, str] | None = None
+) -> str:
     """What a Slurm command prints.
 
     Args:
         asked: what for, in a few words.
         fails: the answer to take where the command fails (a job that Slurm has forgotten is an error there).
+        environment: in place of this process's own.
 
     Raises:
         EngineError: the command is not there.
@@ -198,7 +201,12 @@ def ask_slurm(words: Sequence[str], asked: str, fails: str | None = None) -> str
     """
     try:
         done = subprocess.run(
-            list(words), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=COMMAND_S, env=_environment()
+            list(words),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_S,
+            env=None if environment is None else dict(environment),
         )
     except FileNotFoundError as error:
         found = f"{words[0]} is not on this machine"
@@ -214,8 +222,8 @@ def ask_slurm(words: Sequence[str], asked: str, fails: str | None = None) -> str
     raise RunError(asked, found, "Mend what it names; options of your own stand in the site file")
 
 
-def _environment() -> dict[str, str]:
-    """Without what an allocation that this process is in would add to a new job."""
+def _outside() -> dict[str, str]:
+    """The environment for a new job: without what an allocation that this process is in would add to it."""
     inside = "SLURM_JOB_ID" in os.environ
     own = [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"] if inside else []
     return {name: value for name, value in os.environ.items() if name not in (PARENT, *own)}

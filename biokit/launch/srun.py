@@ -94,12 +94,25 @@ def find_lost_node(environment: Mapping[str, str] = os.environ) -> str:
     count = environment.get("SLURM_JOB_NUM_NODES", "1")
     if count == "1":
         return ""
-    options = [f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--overlap", "--input=none"]
+    options = [f"--jobid={environment.get('SLURM_JOB_ID', '')}", f"--nodes={count}", f"--ntasks={count}"]
+    options += ["--ntasks-per-node=1", "--overlap", "--input=none", "--kill-on-bad-exit=1"]
     try:
-        ask_slurm(["srun", *options, "--kill-on-bad-exit=1", "true"], "reach all nodes")
+        ask_slurm(["srun", *options, "true"], "reach all nodes")
     except BiokitError as error:
         return error.found
     return ""
+
+
+def check_nodes(number: int) -> None:
+    """Nothing, where a life may begin; asked before all but a run's first.
+
+    Raises:
+        RunError: a node has gone, and took the life before with it.
+    """
+    if number > 1 and (lost := find_lost_node()):
+        raise RunError(
+            f"life {number}", f"a node does not answer: {lost}", "Submit it again; it goes on from its checkpoint"
+        )
 
 
 def step_name(run_dir: Path) -> str:
