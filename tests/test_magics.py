@@ -265,7 +265,7 @@ FAILS = """%%torchrun --nproc-per-node 2
 import os, time
 print("before", flush=True)
 if os.environ["RANK"] == "1":
-    loss = None
+    loss = time.sleep(3)
     loss.item()
 time.sleep(60)
 """

@@ -137,6 +137,8 @@ def test_logs_of_a_rank(folder: RunFolder) -> None:
         "",
         "old",
     )
+    assert run.logs(0) == ""  # it may still begin
+    say(folder, state="ended", outcome="finished", code=0)
     with pytest.raises(RunError, match=r"logs of rank 0: it has printed nothing\. Ranks that have: 1"):
         run.logs(0)
 
