@@ -43,6 +43,9 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
     with open_kernel(folder) as made:
         made.run("import threading, time; lock = threading.Lock(); lr, my_token = 0.5, 'tk-0123456789'")
         yield made
+    end = time.monotonic() + 10
+    while list_processes(folder) and time.monotonic() < end:
+        time.sleep(0.1)
     assert list_processes(folder) == []
 
 
