@@ -7,6 +7,9 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
+INSIDE = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_JOB_NUM_NODES": "3", "SLURM_CPUS_PER_TASK": "6"}
 STAND_IN = """\
 #!{python}
 import json, os, sys
@@ -33,6 +36,15 @@ class FakeSlurm:
             (folder / "bin" / name).write_text(text)
             (folder / "bin" / name).chmod(0o755)
         self.path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+
+    @classmethod
+    def install(cls, folder: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+        """Put it in Slurm's place for a test; what this process knows of an allocation is forgotten."""
+        for name in [name for name in os.environ if name.startswith("SLURM_")]:
+            monkeypatch.delenv(name)
+        made = cls(folder)
+        monkeypatch.setenv("PATH", made.path)
+        return made
 
     def answer(self, **answers: tuple[int, str, str]) -> None:
         """What the commands say from now on."""

@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 
 from biokit.errors import EngineError, RunError
-from biokit.launch import following, job, slurm, slurm_node, srun, states
+from biokit.launch import following, job, slurm, srun, states
 from biokit.launch.job import JobRun, find_folder
-from biokit.launch.orders import Order
 from biokit.launch.slurm import Job, QueueEntry, own_job_id, read_job, write_job
 from biokit.launch.work import NotebookWork, TrainingWork
 from biokit.runs import MetricsWriter, RunFolder
-from tests.fake_slurm import FakeSlurm
+from tests.fake_slurm import INSIDE, FakeSlurm
 
 FORGOTTEN = (1, "", "slurm_load_jobs error: Invalid job id specified\n")
 
@@ -25,11 +24,7 @@ FORGOTTEN = (1, "", "slurm_load_jobs error: Invalid job id specified\n")
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     """A Slurm that is none."""
-    for name in [name for name in os.environ if name.startswith("SLURM_")]:
-        monkeypatch.delenv(name)
-    made = FakeSlurm(tmp_path)
-    monkeypatch.setenv("PATH", str(made.path))
-    return made
+    return FakeSlurm.install(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -332,68 +327,3 @@ def test_the_table_of_an_array(fake: FakeSlurm, folder: RunFolder) -> None:
         ["002", "0.001", "queued (Priority)", "-", "-", "-"],
     ]
     assert repr(table).splitlines()[0].split("  ")[0] == "run"
-
-
-INSIDE = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_JOB_NUM_NODES": "3", "SLURM_CPUS_PER_TASK": "6"}
-ON_TWO = Order("train", ("-m", "biokit"), ("--nproc-per-node", "8"), placement="slurm", num_nodes=2)
-
-
-def test_sruns_words(fake: FakeSlurm, tmp_path: Path) -> None:
-    fake.answer(scontrol=(0, "n1\nn2\nn3\nNodeName=n1 NodeAddr=10.0.0.1 NodeHostName=x\n", ""))
-    odd = tmp_path / "it's; $(x)"
-    site = {"BIOKIT_SRUN": "--mpi=none '--comment=a b'", "BIOKIT_CONTAINER": "apptainer exec '/my image.sif'"}
-    words = srun.srun_command(ON_TWO, odd, 1, {**INSIDE, **site})
-    assert words[0] == "srun" and {"--nodes=2", "--ntasks=2", "--nodelist=n1,n2", "--kill-on-bad-exit=1"} <= set(words)
-    assert {"--cpus-per-task=6", "--cpu-bind=none"} <= set(words) and "--comment=a b" in words
-    start = words.index("apptainer")
-    assert words[start + 2] == "/my image.sif" and words[-3:-1] == [str(odd), "1"]
-    host, _, port = words[-1].partition(":")
-    assert host == "10.0.0.1" and 20_000 <= int(port) < 30_000
-    fake.answer(scontrol=(0, "n1\nn2\nn3\nNodeAddr=10.0.0.1\nTaskPlugin              = task/none\n", ""))
-    again = srun.srun_command(ON_TWO, odd, 2, INSIDE)
-    assert again[-1].partition(":")[2] != port and "--cpu-bind=none" not in again
-    with pytest.raises(EngineError, match="not inside a Slurm allocation of so many"):
-        srun.srun_command(replace(ON_TWO, num_nodes=4), odd, 1, INSIDE)
-
-
-def test_a_life_needs_all_its_nodes(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in INSIDE.items():
-        monkeypatch.setenv(name, value)
-    srun.check_nodes(2)
-    fake.answer(srun=(1, "", "Task launch failed on node n2\n"))
-    srun.check_nodes(1)  # of the first life srun itself tells
-    with pytest.raises(RunError, match="life 2: a node does not answer: Task launch failed on node n2"):
-        srun.check_nodes(2)
-
-
-def test_what_an_earlier_life_left_is_ended(fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = srun.step_name(tmp_path)
-    monkeypatch.setattr(srun, "STEP_END_S", 0.5)
-    fake.answer(squeue=(0, f"7.0|{name}\n7.1|other\n7.batch|batch\n", ""))
-    with pytest.raises(RunError, match=r"steps 7\.0 of an earlier life have not ended"):
-        srun.end_steps(tmp_path, INSIDE)
-    assert ["scancel", "7.0"] in fake.said and not any("7.1" in words for words in fake.said)
-    fake.answer(squeue=(0, "7.1|other\n", ""))
-    srun.end_steps(tmp_path, INSIDE)
-
-
-def test_a_node_hears_of_its_lifes_end(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the supervisor's file alone: an srun that was killed tells nobody."""
-    monkeypatch.setattr(slurm_node, "LOOK_S", 0.0)
-    said = states.SupervisorState.of_this_process(3)
-    leader = slurm_node.Leader(folder, 2)
-    assert leader.gone() == ""  # the file has not come yet
-    for life, state, gone in ((1, "running", False), (2, "running", False), (2, "waiting", True)):
-        said.life, said.state = life, state
-        states.write_state(folder, said)
-        assert bool(slurm_node.Leader(folder, 2).gone()) == gone, (life, state)
-    said.life, said.state = 3, "running"
-    states.write_state(folder, said)
-    assert "has gone on" in slurm_node.Leader(folder, 2).gone()
-    said.life = 2
-    states.write_state(folder, said)
-    silent = slurm_node.Leader(folder, 2)
-    assert silent.gone() == ""
-    monkeypatch.setattr(slurm_node, "SILENT_S", 0.05)
-    time.sleep(0.1)
-    assert "has said nothing" in silent.gone()

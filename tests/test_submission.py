@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +36,9 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     """A Slurm that is none, and a folder to work in."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "BIOKIT_SITE", "XDG_"))]:
-        monkeypatch.delenv(name)
-    made = FakeSlurm(tmp_path)
-    monkeypatch.setenv("PATH", made.path)
+    for name in ("BIOKIT_SITE", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    made = FakeSlurm.install(tmp_path, monkeypatch)
     made.answer(sbatch=(0, "12;cluster\n", ""))
     (tmp_path / "small.yaml").write_text(config_to_yaml(small_config(tmp_path)))
     return made
