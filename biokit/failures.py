@@ -24,10 +24,10 @@ from biokit.errors import RunError
 from biokit.frames import Frame, add_code, find_own, shorten
 from biokit.runs import LifeFolder, RunFolder, write_atomically
 from biokit.safe_files import (
-    MAX_SUMMARY_BYTES,
     parse_object,
     read_end,
     read_object,
+    read_saved,
     to_list,
     to_number,
     to_text,
@@ -266,11 +266,9 @@ def read_failure(folder: RunFolder) -> Failure | None:
     Raises:
         RunError: the file is not what `save_failure` writes.
     """
-    if not folder.failure_file.exists():
+    found = read_saved(folder.failure_file)
+    if found is None:
         return None
-    found = read_object(folder.failure_file, MAX_SUMMARY_BYTES)
-    if not found:
-        raise RunError(f"run {folder.path}", "its failure.json cannot be read", "Remove the file")
     hang = found.get("hang")
     return Failure(
         headline=to_text(found.get("headline")),

@@ -12,6 +12,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from biokit.errors import RunError
+
 MAX_BYTES = 1 << 20
 MAX_SUMMARY_BYTES = 32 << 20  # of what is told of all ranks of a run
 MAX_LINE = 2000  # characters of a line that is shown
@@ -66,6 +68,20 @@ def load_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
 def read_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """The JSON object in a small file; empty where there is none that is whole."""
     return parse_object(read_end(path, max_bytes))
+
+
+def read_saved(path: Path) -> dict[str, Any] | None:
+    """The JSON object of a file of a run folder that tells of all its ranks; None where there is no such file.
+
+    Raises:
+        RunError: the file holds something else.
+    """
+    if not path.exists():
+        return None
+    found = read_object(path, MAX_SUMMARY_BYTES)
+    if not found:
+        raise RunError(f"run {path.parent}", f"its {path.name} cannot be read", "Remove the file")
+    return found
 
 
 def parse_object(text: str) -> dict[str, Any]:

@@ -21,10 +21,9 @@ from typing import IO, Any
 
 import psutil
 
-from biokit.errors import RunError
 from biokit.frames import STANDARD_LIBRARY, Frame, add_code, find_own, frames_from, shorten
 from biokit.runs import LifeFolder, RunFolder, write_atomically
-from biokit.safe_files import MAX_LINE, MAX_SUMMARY_BYTES, read_end, read_object, to_list, to_number, to_text, to_whole
+from biokit.safe_files import MAX_LINE, read_end, read_object, read_saved, to_list, to_number, to_text, to_whole
 
 MAX_RANKS = 4096
 REQUEST = signal.SIGUSR1
@@ -213,11 +212,9 @@ def read_hang(folder: RunFolder) -> Hang | None:
     Raises:
         RunError: the file is not what `save_hang` writes.
     """
-    if not folder.hang_file.exists():
+    found = read_saved(folder.hang_file)
+    if found is None:
         return None
-    found = read_object(folder.hang_file, MAX_SUMMARY_BYTES)
-    if not found:
-        raise RunError(f"run {folder.path}", "its hang.json cannot be read", "Remove the file")
     return hang_from(found)
 
 

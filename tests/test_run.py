@@ -65,12 +65,6 @@ if outcome:
 Start = Callable[..., Run]
 
 
-@pytest.fixture(autouse=True)
-def own_register(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The list of this user's runs is not the tests' to write."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     """An empty run folder."""
