@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ LEFTOVER = ".partial"
 OWN_PARTS = ("checkpoints", "lives", "logs", "metrics", "nodes", "supervisors", "tensorboard")
 MAX_METRICS_BYTES = 1 << 30
 MAX_STEP = 1 << 63
+MAX_SHOWN = 200  # characters of a path that is refused
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,22 @@ class RunFolder:
                 part.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"run folder {self.path}", f"it cannot be made ({error})", "Give another run_dir") from error
+
+    def check_path(self) -> None:
+        """Nothing, where there is such a folder or one could be made.
+
+        Raises:
+            RunError: the path is a file, or one that no folder can have.
+        """
+        try:
+            is_folder = stat.S_ISDIR(self.path.stat().st_mode)
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:  # ValueError: a null byte
+            found = f"there can be none ({getattr(error, 'strerror', '') or error})"
+            raise RunError(f"run folder {str(self.path)[:MAX_SHOWN]}", found, "Give another path") from error
+        if not is_folder:
+            raise RunError(f"run folder {self.path}", "it is a file", "Give another path")
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending. Unfinished ones bear another name and do not count."""

@@ -62,7 +62,10 @@ class Kernel:
                 output.error = content
             seen(output)
 
-        reply = self.client.execute_interactive(code, timeout=CELL_S, output_hook=take, store_history=False)
+        # stop_on_error: else a kernel drops, for some milliseconds after a cell that failed, whatever it is asked
+        reply = self.client.execute_interactive(
+            code, timeout=CELL_S, output_hook=take, store_history=False, stop_on_error=False
+        )
         output.status = reply["content"]["status"]
         return output
 

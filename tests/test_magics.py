@@ -77,9 +77,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunFolder, Any, bool,
         ("--no-python nosuch", None, "--no-python nosuch: there is no such program"),
         ("--dry-run -m nosuchmod.x", None, "-m nosuchmod.x: there is no such module"),
         ("--run-dir /proc/x x.py", None, "run folder /proc/x: it cannot be made"),
-        ("--run-dir x.py/y x.py", None, "run folder x.py/y: it cannot be made"),
-        ("--run-dir x.py x.py", None, "run folder x.py: it cannot be made"),
-        (f"--run-dir {'r' * 300} x.py", None, "it cannot be made (File name too long)"),
+        ("--run-dir x.py/y x.py", None, "run folder x.py/y: there can be none (Not a directory)"),
+        ("--run-dir x.py x.py", None, "run folder x.py: it is a file"),
+        (f"--run-dir {'r' * 300} x.py", None, "there can be none (File name too long)"),
     ],
 )  # fmt: skip
 def test_mistakes_are_said_at_once(

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import warnings
 from pathlib import Path
 
 import nbformat
@@ -90,13 +91,15 @@ def test_a_notebook_is_executed_judged_and_trusted(tmp_path):
     with contextlib.closing(notary.store):
         assert notary.check_signature(nbformat.read(done.path, 4))
     assert "manifest.json" in str(done)
+    with pytest.raises(RunError, match="it ran to its end and wrote no manifest"):
+        run_notebook(write_notebook(tmp_path / "b.ipynb", 'run_dir = ""'), tmp_path / "none")
     with pytest.raises(RunError, match="its run is 'failed'"):
         run_notebook(path, tmp_path / "out", {"status": "failed"})
 
 
 def test_a_failing_cell_is_named(tmp_path):
     path = write_notebook(tmp_path / "a.ipynb", 'run_dir = ""  # folder', "1 / 0")
-    with pytest.raises(RunError, match="ZeroDivisionError"):
+    with pytest.raises(RunError, match=r"its cell \[3\] failed \(ZeroDivisionError"):  # papermill adds one
         run_notebook(path, tmp_path / "out")
     assert (tmp_path / "out" / "a.ipynb").exists()
 
@@ -107,3 +110,18 @@ def test_unknown_parameters_and_files_are_refused(tmp_path):
         run_notebook(path, tmp_path / "out", {"lr": 1})
     with pytest.raises(DataError, match="no such file"):
         run_notebook(tmp_path / "b.ipynb", tmp_path / "out")
+    untagged = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("run_dir = 1")])
+    nbformat.write(untagged, tmp_path / "c.ipynb")
+    with pytest.raises(DataError, match=r"no parameter run_dir\. Tag the cell that sets them as `parameters`"):
+        run_notebook(tmp_path / "c.ipynb", tmp_path / "out")
+
+
+def test_cells_without_ids_are_no_noise(tmp_path):
+    path = write_notebook(tmp_path / "a.ipynb", 'run_dir = ""  # folder\nstatus = "finished"', FINISH)
+    notebook = json.loads(path.read_text())
+    for cell in notebook["cells"]:
+        del cell["id"]
+    path.write_text(json.dumps(notebook))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_notebook(path, tmp_path / "out")

@@ -115,6 +115,13 @@ def test_folders_without_a_run_are_refused(folder: RunFolder, tmp_path: Path) ->
         Run.attach(folder)
     with pytest.raises(RunError, match="there is no such folder"):
         Run.attach(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="it is a file"):
+        Run.attach(tmp_path / "file")
+    for name in ("r" * 5000, "a\0b"):
+        with pytest.raises(RunError, match="there can be none") as caught:
+            Run.attach(name)
+        assert len(str(caught.value)) < 400
 
 
 def test_logs_of_a_rank(folder: RunFolder) -> None:

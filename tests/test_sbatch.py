@@ -129,6 +129,9 @@ def test_odd_values_run_nothing(tmp_path: Path) -> None:
         ({}, {"python": "python\ntouch PWNED"}, "python holds a line break"),
         ({}, {"container": "a 'b"}, "Close its quotes"),
         ({}, {"gpu_request": "gres=gpu:8"}, "where the number goes"),
+        ({}, {"gpu_request": "gres=gpu:{x}"}, "where the number goes"),
+        ({}, {"gpu_request": "gres=gpu:{gpus}:{x}"}, "where the number goes"),
+        ({}, {"gpu_request": "two words={gpus}"}, "an option of sbatch"),
         ({}, {"sbatch": {"array": "0-3"}}, "array is decided by each submission. Use a list of values"),
         ({}, {"sbatch": {"p; touch PWNED": "x"}}, "not the long name of an option"),
         ({}, {"sbatch": {"account": ["a"]}}, "Give text, a number, or true"),
@@ -144,12 +147,18 @@ def test_what_cannot_be_is_said(
         write_script(request_in(tmp_path, **change), site_from_dict(site))
 
 
-@pytest.mark.parametrize("text", ["a: [", "- a\n", "\udcff"])
+BOMB = "\n".join(
+    ["sbatch:", "  a0: &a0 [x]"] + [f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
+)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- a\n", "\udcff", "a: " + "[" * 100_000, BOMB])
 def test_a_site_file_that_is_none(tmp_path: Path, text: str) -> None:
     file = tmp_path / "site.yaml"
     file.write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ConfigError, match=f"site file {file}"):
+    with pytest.raises(ConfigError, match=f"site file {file}") as caught:
         load_site(file)
+    assert len(str(caught.value)) < 1000
     with pytest.raises(ConfigError, match="cannot be read"):
         load_site(tmp_path / "missing.yaml")
 

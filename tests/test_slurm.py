@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,21 @@ def test_a_job_is_remembered(folder: RunFolder) -> None:
     )
     write_job(folder, told)
     assert read_job(folder) == told and read_job(RunFolder(folder.path / "none")) is None
-    (folder.path / slurm.JOB_FILE).write_text("[1]")
+
+
+@pytest.mark.parametrize(
+    "change", [{"job_id": "--user=root"}, {"kind": "x"}, {"num_tasks": 1e12}, {"parameters": 3}, {"varied": 3}]
+)
+def test_what_no_job_wrote_is_not_told_to_slurm(folder: RunFolder, change: dict[str, object]) -> None:
+    values = asdict(read_job(folder) or Job("train", "x"))
+    (folder.path / slurm.JOB_FILE).write_text(json.dumps({**values, **change}))
+    with pytest.raises(RunError, match=r"job\.json cannot be read"):
+        read_job(folder)
+
+
+@pytest.mark.parametrize("text", ["[1]", "", "[" * 100_000])
+def test_a_job_file_that_is_none(folder: RunFolder, text: str) -> None:
+    (folder.path / slurm.JOB_FILE).write_text(text)
     with pytest.raises(RunError, match=r"job\.json cannot be read"):
         read_job(folder)
 

@@ -165,6 +165,10 @@ def test_secrets_stay_out(fake: FakeSlurm, notebook: Path, tmp_path: Path, monke
         (["small.yaml", "--nodes", "2"], "Single"),
         (["small.yaml", "--time", "soon"], "not a time limit"),
         (["small.yaml", "--site", "nope.yaml"], "site file nope.yaml"),
+        (["small.yaml", "--run-dir", "small.yaml"], "run folder .*small.yaml: it is a file"),
+        (["small.yaml", "--run-dir", "small.yaml/x"], "Not a directory"),
+        (["n b.ipynb", "--run-dir", "r" * 300], "File name too long"),
+        (["small.yaml", "resume=false"], "goes on from its checkpoint"),
     ],
 )  # fmt: skip
 def test_mistakes_are_said_before_anything_is_written(

@@ -60,6 +60,13 @@ def test_impossible_layouts_start_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "r").exists()
 
 
+def test_lives_that_could_not_go_on_are_refused(tmp_path: Path) -> None:
+    config = load_config("molbart_mini", [f"run_dir={tmp_path / 'r'}", "resume=false", "train.device=cpu"])
+    with pytest.raises(ConfigError, match="resume=false: each of 3 lives"):
+        start_training(config, max_lives=3)
+    assert not (tmp_path / "r").exists()
+
+
 def test_git_is_asked_and_its_absence_borne(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*words: str) -> None:
         identity = ["-c", "user.name=n", "-c", "user.email=e"]

@@ -114,7 +114,7 @@ def prepare_launch(asked: MagicLine, folder: RunFolder, cell: str | None, names:
     Raises:
         BiokitError: a value that is not data, a folder that cannot be made, or in which a run is alive.
     """
-    _check_path(folder)
+    folder.check_path()
     check_free(folder)
     variables = {}
     if cell is not None:
@@ -263,17 +263,6 @@ def _is_module(name: str) -> bool:
     with contextlib.suppress(ImportError, ValueError):
         return bool(importlib.machinery.PathFinder.find_spec(name, [str(Path.cwd())]) or importlib.util.find_spec(name))
     return False
-
-
-def _check_path(folder: RunFolder) -> None:
-    """Refuse a path that no folder can have, before it is asked whose it is."""
-    try:
-        folder.path.stat()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        shown = str(folder.path)[:MAX_SHOWN]
-        raise RunError(f"run folder {shown}", f"it cannot be made ({error.strerror})", "Give another") from error
 
 
 def _check_python(cell: str) -> None:

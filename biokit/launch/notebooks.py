@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def run_notebook(
     before = folder.manifest_file.stat().st_mtime_ns if folder.manifest_file.exists() else 0
     started = time.monotonic()
     try:
-        with masked_output(executed, values) as output, _announced():
+        with masked_output(executed, values) as output, _announced(), _without_noise():
             papermill.execute_notebook(
                 literal_path(notebook),
                 output,
@@ -77,6 +78,7 @@ def run_notebook(
                 kernel_name="python3",
                 cwd=str(cwd or notebook.parent),
                 log_output=False,
+                extra_arguments=["--IPKernelApp.log_level=40"],  # it warns of what is always so: it listens on TCP
             )
     except (DeadKernelError, NoSuchKernel) as error:
         found = f"its kernel is not there any more or never was ({error})"
@@ -84,18 +86,16 @@ def run_notebook(
     except PapermillExecutionError as error:
         raise RunError(
             f"notebook {notebook.name}",
-            mask(f"cell {error.exec_count} failed ({error.ename}: {error.evalue})", secret_values(values)),
+            mask(f"its cell [{error.exec_count}] failed ({error.ename}: {error.evalue})", secret_values(values)),
             f"Open {executed}: the cell is marked",
         ) from None  # the error itself would tell the secrets
     finally:
         if executed.exists():
             trust_notebook(executed)
-    status = folder.read_manifest().get("status")
-    if folder.manifest_file.stat().st_mtime_ns == before:
-        raise RunError(
-            f"notebook {notebook.name}", "it wrote no manifest", "Let it train, or update its run's manifest"
-        )
-    if status not in DONE:
+    if not folder.manifest_file.exists() or folder.manifest_file.stat().st_mtime_ns == before:
+        do = "Give its run the folder `run_dir`, or let a cell update that folder's manifest"
+        raise RunError(f"notebook {notebook.name}", "it ran to its end and wrote no manifest", do)
+    if (status := folder.read_manifest().get("status")) not in DONE:
         raise RunError(f"notebook {notebook.name}", f"its run is {status!r}", f"See {out}/logs")
     return ExecutedNotebook(executed, folder, time.monotonic() - started)
 
@@ -119,6 +119,16 @@ def _announced() -> Iterator[None]:
             os.environ[RUNNER] = before
 
 
+@contextlib.contextmanager
+def _without_noise() -> Iterator[None]:
+    """Without the warning that a notebook's cells have no ids, which nbformat gives them as it reads them."""
+    from nbformat.warnings import MissingIDFieldWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MissingIDFieldWarning)
+        yield
+
+
 def trust_notebook(path: Path) -> None:
     """Sign a notebook for this user, so that it opens with its pictures and widgets (as `jupyter trust` does)."""
     import nbformat
@@ -140,14 +150,14 @@ def check_parameters(notebook: Path, values: Mapping[str, Any]) -> None:
     if not notebook.is_file():
         raise DataError(f"notebook {notebook}", "there is no such file", "Give the path of a .ipynb file")
     try:
-        known = papermill.inspect_notebook(str(notebook))
+        with _without_noise():
+            known = papermill.inspect_notebook(str(notebook))
     except Exception as error:  # nbformat, papermill and json each have their own
         raise DataError(f"notebook {notebook}", f"it cannot be read ({error})", "Give a .ipynb file") from error
     unknown = [name for name in values if name not in known]
     if unknown:
-        raise DataError(
-            f"notebook {notebook.name}", f"it has no parameter {', '.join(unknown)}", f"It has: {', '.join(known)}"
-        )
+        own = f"It has: {', '.join(known)}" if known else "Tag the cell that sets them as `parameters`"
+        raise DataError(f"notebook {notebook.name}", f"it has no parameter {', '.join(unknown)}", own)
 
 
 def _is_internal(path: Path, root: Path) -> bool:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from biokit.config import RunConfig, config_hash, config_to_yaml
+from biokit.config import RunConfig, config_to_yaml
 from biokit.errors import RunError
 from biokit.failures import Failure, read_failure
 from biokit.launch import slurm, states
@@ -22,6 +21,7 @@ from biokit.launch.orders import SLURM, Order, read_order
 from biokit.launch.started import check_free, find_started, start_order
 from biokit.launch.status import find_supervisor, note_interrupted, read_status
 from biokit.launch.sweeps import task_name
+from biokit.launch.training_order import training_order
 from biokit.launch.tree import end_tree
 from biokit.runs import RunFolder, write_atomically
 from biokit.safe_files import read_end
@@ -62,6 +62,7 @@ class Run:
         """
         found = folder if isinstance(folder, RunFolder) else RunFolder(folder)
         job_file = found.path / slurm.JOB_FILE
+        found.check_path()
         files = (found.launch_file, found.manifest_file, found.config_file, found.metrics_file(), job_file)
         if not any(file.exists() for file in files):
             what = "it holds no run" if found.path.is_dir() else "there is no such folder"
@@ -306,28 +307,23 @@ def start_training(
         detach: the run outlives this process; it ends by `stop` or its time limit.
 
     Raises:
-        ConfigError: an impossible layout; nothing was started.
+        ConfigError: an impossible layout, or `resume=false` with several lives; nothing was started.
         EngineError: more processes than CUDA devices.
         RunError: the run folder cannot be made, or a run is alive in it.
     """
-    from biokit.launch.torchrun import check_devices, one_thread
-    from biokit.layouts import find_layout
-
-    layout = find_layout(config, num_nodes * num_processes)
-    placement = slurm.choose_placement(num_nodes)
-    check_devices(config, num_processes if placement == SLURM else num_nodes * num_processes)
-    folder = RunFolder(config.run_dir)
-    check_free(folder)
-    order = Order(
-        "train",
-        ("-m", "biokit", "train", str(asked_file(folder).absolute())),
-        () if layout.strategy == "Single" else ("--nproc-per-node", str(num_processes)),
-        placement=placement,
+    folder, placement = RunFolder(config.run_dir), slurm.choose_placement(num_nodes)
+    order = training_order(
+        config,
+        folder,
+        num_processes,
         num_nodes=num_nodes,
+        placement=placement,
         max_lives=max_lives,
         timeout_s=timeout_s,
-        environment={"TQDM_DISABLE": "1", **({} if layout.world_size == 1 else one_thread(os.environ))},
-        facts={"config_hash": config_hash(config), "layout": layout.as_dict()},
     )
+    from biokit.launch.torchrun import check_devices
+
+    check_devices(config, num_processes if placement == SLURM else num_nodes * num_processes)
+    check_free(folder)
     write_atomically(asked_file(folder), config_to_yaml(config))
     return start_run(folder, order, detach)

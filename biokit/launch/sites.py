@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
 import shlex
 import sys
 from collections.abc import Mapping
@@ -48,6 +49,7 @@ OWN_OPTIONS = {  # options that the submission itself decides, and how
     "export": "the set-up text",
     "wrap": "nothing: the job is a notebook or a training",
 }
+OPTION_NAME = r"[a-z][a-z0-9-]+"
 Options = dict[str, str | bool]
 
 
@@ -101,6 +103,8 @@ def load_site(path: Path | None) -> Site:
     asked = f"site file {path}"
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # all text: 1:30:00 is no number
+    except RecursionError as error:
+        raise ConfigError(asked, "it is nested too deeply", "Mend the file") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(asked, f"it cannot be read ({' '.join(str(error).split())})", "Mend the file") from error
     tree = tree or {}
@@ -119,11 +123,11 @@ def site_from_dict(tree: Mapping[str, Any], asked: str = "site") -> Site:
         values[name] = _read_options(values.get(name) or {}, f"{asked}: {name}")
     for name in ("setup", "python", "container", "gpu_request"):
         if not isinstance(values.get(name, ""), str):
-            raise ConfigError(asked, f"{name} is {values[name]!r}", "Give text")
+            raise ConfigError(asked, f"{name} is {reprlib.repr(values[name])}", "Give text")
         if name != "setup" and _has_control(values.get(name, "")):
             raise ConfigError(asked, f"{name} holds a line break or a control character", "Write it on one line")
     values["container"] = _split_words(values.get("container", ""), asked)
-    _check_gpu_request(values.get("gpu_request", GPUS_PLACE), asked)
+    _check_gpu_request(values.get("gpu_request", ""), asked)
     if not values.get("python", "python").strip():
         raise ConfigError(asked, "python is empty", "Leave it out, or name an interpreter")
     return Site(**values, source=asked.removeprefix("site file "))
@@ -146,16 +150,16 @@ def _has_control(text: str) -> bool:
 
 def _read_options(tree: Any, asked: str) -> Options:
     if not isinstance(tree, Mapping):
-        raise ConfigError(asked, f"it is {tree!r}", "Write a mapping, e.g. {partition: gpu}")
+        raise ConfigError(asked, f"it is {reprlib.repr(tree)}", "Write a mapping, e.g. {partition: gpu}")
     options: Options = {}
     for key, value in tree.items():
         name = str(key).removeprefix("--").replace("_", "-")
-        if not re.fullmatch(r"[a-z][a-z0-9-]+", name):
+        if not re.fullmatch(OPTION_NAME, name):
             raise ConfigError(asked, f"{key!r} is not the long name of an option", "Write e.g. partition: gpu")
         if asked.endswith("sbatch") and name in OWN_OPTIONS:
             raise ConfigError(asked, f"{name} is decided by each submission", f"Use {OWN_OPTIONS[name]}")
         if not isinstance(value, str):
-            raise ConfigError(asked, f"{name} is {value!r}", "Give text, a number, or true")
+            raise ConfigError(asked, f"{name} is {reprlib.repr(value)}", "Give text, a number, or true")
         if value != "false":
             options[name] = True if value == "true" else check_value(value, f"{asked}: {name}")
     return options
@@ -169,9 +173,10 @@ def _split_words(text: str, asked: str) -> tuple[str, ...]:
 
 
 def _check_gpu_request(text: str, asked: str) -> None:
-    if text and GPUS_PLACE not in text:
-        raise ConfigError(
-            asked,
-            f"gpu_request is {text!r}",
-            f"Write where the number goes, e.g. gres=gpu:{GPUS_PLACE}; or leave it empty",
-        )
+    places = re.findall(r"\{[^{}]*\}|[{}]", text)
+    if text and (not places or set(places) != {GPUS_PLACE}):
+        do = f"Write where the number goes, e.g. gres=gpu:{GPUS_PLACE}; or leave it empty"
+        raise ConfigError(asked, f"gpu_request is {text!r}", do)
+    name = text.removeprefix("--").partition("=")[0]
+    if text and not re.fullmatch(OPTION_NAME, name):
+        raise ConfigError(asked, f"gpu_request is {text!r}", f"Write an option of sbatch, e.g. gres=gpu:{GPUS_PLACE}")

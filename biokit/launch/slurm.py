@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,10 +21,13 @@ from biokit.errors import EngineError, RunError
 from biokit.launch.agent_file import PARENT
 from biokit.launch.orders import HERE, SLURM
 from biokit.runs import RunFolder, write_atomically
+from biokit.safe_files import load_object, to_number, to_text, to_whole
 
 SCRIPT_FILE, JOB_FILE = "job.sbatch", "job.json"
 COMMAND_S = 60.0  # a Slurm command that has not answered by then is not waited for
-TRAIN, NOTEBOOK, SWEEP = "train", "notebook", "sweep"
+KINDS = TRAIN, NOTEBOOK, SWEEP = "train", "notebook", "sweep"
+MAX_TASKS = 4_000_001  # of an array, however Slurm is set up
+MAX_TEXT = 8192  # characters of an entry of the job's file
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 ACTIVE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
 UNKNOWN = "UNKNOWN"  # Slurm has forgotten the job, or does not answer
@@ -85,16 +89,39 @@ class QueueEntry:
 
 
 def read_job(folder: RunFolder) -> Job | None:
-    """The job that a run folder was submitted as; None: it was not."""
+    """The job that a run folder was submitted as; None: it was not.
+
+    Raises:
+        RunError: its file cannot be one that biokit wrote.
+    """
     try:
-        values = json.loads((folder.path / JOB_FILE).read_text(encoding="utf-8"))
-        known = {f.name for f in fields(Job)}
-        return Job(**{name: value for name, value in values.items() if name in known} | _tuples(values))
-    except FileNotFoundError:
+        return job_from_dict(load_object(folder.path / JOB_FILE))
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         found = f"its {JOB_FILE} cannot be read ({error})"
         raise RunError(f"run {folder.path}", found, "Submit it again, or remove the file") from error
+
+
+def job_from_dict(values: Mapping[str, Any]) -> Job:
+    """A job from plain values; unknown entries are left out.
+
+    Raises:
+        ValueError: a kind, an id or a number of tasks that no job has: Slurm would be asked about something else.
+    """
+    plain: dict[str, Any] = {f.name: to_text(values.get(f.name, ""), MAX_TEXT) for f in fields(Job) if f.type == "str"}
+    plain |= {f.name: to_number(values.get(f.name)) for f in fields(Job) if f.type == "float"}
+    parameters, varied = values.get("parameters", {}), values.get("varied", [])
+    num_tasks = to_whole(values.get("num_tasks"))
+    if plain["kind"] not in KINDS:
+        raise ValueError(f"kind {plain['kind']!r}")
+    if not re.fullmatch(r"([0-9]{1,18}(_[0-9]{1,9})?)?", plain["job_id"]):
+        raise ValueError(f"job_id {plain['job_id']!r}")
+    if not 0 <= num_tasks <= MAX_TASKS:
+        raise ValueError(f"num_tasks {num_tasks}")
+    if not isinstance(parameters, dict) or not isinstance(varied, list):
+        raise ValueError("parameters or varied of another form")
+    return Job(**plain, num_tasks=num_tasks, parameters=parameters, varied=tuple(map(str, varied)))
 
 
 def write_job(folder: RunFolder, job: Job) -> None:
@@ -238,7 +265,3 @@ def _ask_accounts(job_id: str) -> str:
     except RunError:  # this cluster keeps none
         return UNKNOWN
     return lines[0] if lines else UNKNOWN
-
-
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {"varied": tuple(values.get("varied", ()))}

@@ -11,6 +11,7 @@ from IPython.core.magic import Magics, line_magic, magics_class, needs_local_sco
 
 from biokit.errors import BiokitError
 from biokit.launch.commands_submit import add_arguments, prepare
+from biokit.launch.failed_run import told_shortly
 from biokit.launch.magic_line import split_words
 from biokit.runs import RunFolder
 
@@ -36,6 +37,7 @@ class SubmitMagics(Magics):
     @needs_local_scope
     @no_var_expand
     @line_magic
+    @told_shortly()
     def submit(self, line: str, local_ns: Mapping[str, Any] | None = None) -> Any:
         """Run a notebook or a training as a Slurm job (`%submit --help`).
 

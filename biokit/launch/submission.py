@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from biokit.config import RunConfig, config_hash, config_to_yaml, load_config, parse_override
+from biokit.config import RunConfig, config_to_yaml, load_config, parse_override
 from biokit.errors import ConfigError, RunError
 from biokit.launch import slurm
 from biokit.launch.facts import asked_file, collect_facts
@@ -19,8 +18,9 @@ from biokit.launch.orders import HERE, SLURM, Order, write_order
 from biokit.launch.sbatch import SIGNAL_BEFORE_S, JobRequest, write_script
 from biokit.launch.sites import Site
 from biokit.launch.slurm import NOTEBOOK, SCRIPT_FILE, SWEEP, TRAIN, Job, read_job, write_job
-from biokit.launch.status import is_supervised
+from biokit.launch.started import check_free
 from biokit.launch.sweeps import combine, read_values, refuse_secrets, task_name
+from biokit.launch.training_order import training_order
 from biokit.runs import RunFolder, write_atomically
 from biokit.schema import leaf_types
 
@@ -161,7 +161,17 @@ def prepare_training(
         folder = RunFolder(root.path / task_name(index)) if varied else root
         words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
         config = load_config(name, [*fixed, *words, f"{RUN_DIR}={folder.path}"])
-        order = training_order(config, folder, resources)
+        if not config.resume:
+            found = "a job that is put back into the queue goes on from its checkpoint"
+            raise ConfigError("submit with resume=false", found, "Leave resume out; give a new run_dir to begin anew")
+        order = training_order(
+            config,
+            folder,
+            resources.ranks_per_node,
+            num_nodes=resources.num_nodes,
+            placement=SLURM if resources.num_nodes > 1 else HERE,
+            max_lives=resources.max_lives,
+        )
         job = Job(TRAIN, _job_name(resources, name), str(asked_file(folder)), parameters=values, varied=varied)
         members.append(Member(folder, job, config, order))
     return _submission(f"Trains {Path(name).name}", root, members, resources, site)
@@ -195,32 +205,10 @@ def prepare_notebook(
     return _submission(f"Runs the notebook {notebook.name}", root, members, resources, site)
 
 
-def training_order(config: RunConfig, folder: RunFolder, resources: Resources) -> Order:
-    """What the job's supervisor is to carry out.
-
-    Raises:
-        ConfigError: the layout cannot be on so many processes.
-    """
-    from biokit.launch.torchrun import one_thread
-    from biokit.layouts import find_layout
-
-    layout = find_layout(config, resources.num_nodes * resources.ranks_per_node)
-    alone = layout.world_size == 1
-    return Order(
-        TRAIN,
-        ("-m", "biokit", "train", str(asked_file(folder))),
-        () if alone and layout.strategy == "Single" else ("--nproc-per-node", str(resources.ranks_per_node)),
-        placement=SLURM if resources.num_nodes > 1 else HERE,
-        num_nodes=resources.num_nodes,
-        max_lives=resources.max_lives,
-        environment={"TQDM_DISABLE": "1", **({} if alone else one_thread(os.environ))},
-        facts={"config_hash": config_hash(config), "layout": layout.as_dict()},
-    )
-
-
 def _submission(what: str, root: RunFolder, members: Sequence[Member], resources: Resources, site: Site) -> Submission:
     """The script and the record of a job, from its runs."""
     varied, num_tasks = members[0].job.varied, len(members) if members[0].job.varied else 0
+    root.check_path()
     many = f", {num_tasks} times: all values of {', '.join(varied)}" if num_tasks else ""
     size = f" on {resources.num_nodes} node{'s' if resources.num_nodes > 1 else ''} x {resources.ranks_per_node}"
     request = JobRequest(
@@ -259,5 +247,4 @@ def _refuse_alive(folder: RunFolder) -> None:
         if state in (*slurm.WAITING, *slurm.ACTIVE):
             do = f"Wait, end it with `scancel {job.job_id}`, or give another --run-dir"
             raise RunError(asked, f"job {job.job_id} is there, {state.lower()}", do)
-    if is_supervised(folder):
-        raise RunError(asked, "a run is alive there", "Wait, stop it, or give another --run-dir")
+    check_free(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 
-from biokit.config import RunConfig, config_hash, config_to_yaml
+from biokit.config import RunConfig, config_to_yaml
 from biokit.errors import ConfigError
 from biokit.launch.facts import asked_file
 from biokit.launch.orders import HERE, NODES, Order
@@ -13,8 +13,8 @@ from biokit.launch.output import OutputTail
 from biokit.launch.started import complete_order
 from biokit.launch.starting import prepare_folder
 from biokit.launch.supervisor import supervise
-from biokit.launch.torchrun import MPI, Nodes, check_devices, one_thread, read_nodes
-from biokit.layouts import find_layout
+from biokit.launch.torchrun import MPI, Nodes, check_devices, read_nodes
+from biokit.launch.training_order import training_order
 from biokit.runs import RunFolder, write_atomically
 
 LOOK_S = 0.2  # between two looks at what the ranks print
@@ -34,7 +34,7 @@ def supervise_training(config: RunConfig, environment: Mapping[str, str], lives:
         raise ConfigError("--lives and --timeout", found, "Start one launcher a node, or leave them out")
     nodes = read_nodes(config, environment)
     folder = RunFolder(config.run_dir)
-    order = _training_order(config, folder, nodes, environment, lives, timeout_s)
+    order = _order(config, folder, nodes, environment, lives, timeout_s)
     if nodes.node_rank:  # node 0 shows what all ranks print
         folder.create()
         return supervise(folder, order, nodes.node_rank)
@@ -52,23 +52,21 @@ def supervise_training(config: RunConfig, environment: Mapping[str, str], lives:
         shown.join()
 
 
-def _training_order(
+def _order(
     config: RunConfig, folder: RunFolder, nodes: Nodes, environment: Mapping[str, str], lives: int, timeout_s: float
 ) -> Order:
-    layout = find_layout(config, nodes.num_nodes * nodes.num_processes)
     check_devices(config, nodes.num_processes)
     alone = nodes.num_nodes == 1
-    return Order(
-        "train",
-        ("-m", "biokit", "train", str(asked_file(folder).absolute())),
-        () if layout.strategy == "Single" else ("--nproc-per-node", str(nodes.num_processes)),
-        HERE if alone else NODES,
-        nodes.num_nodes,
-        "" if alone else nodes.endpoint,
-        timeout_s=timeout_s,
+    return training_order(
+        config,
+        folder,
+        nodes.num_processes,
+        num_nodes=nodes.num_nodes,
+        placement=HERE if alone else NODES,
+        endpoint="" if alone else nodes.endpoint,
         max_lives=lives,
-        environment={"TQDM_DISABLE": "1", **({} if layout.world_size == 1 else one_thread(environment))},
-        facts={"config_hash": config_hash(config), "layout": layout.as_dict()},
+        timeout_s=timeout_s,
+        environment=environment,
     )
 
 

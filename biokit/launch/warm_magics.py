@@ -82,6 +82,7 @@ class WarmMagics(Magics):
 
     @no_var_expand
     @line_magic
+    @told_shortly()
     def check_parallel(self, line: str) -> ParallelCheck:
         """Train a few steps of a configuration under several layouts, and show that the curves are the same.
 

@@ -1,0 +1,56 @@
+"""The order of a training: the same whether a notebook, `biokit launch` or a Slurm job has it carried out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from biokit.config import RunConfig, config_hash
+from biokit.errors import ConfigError
+from biokit.launch.facts import asked_file
+from biokit.launch.orders import HERE, Order
+from biokit.launch.whole_imports import import_whole
+from biokit.runs import RunFolder
+
+
+def training_order(
+    config: RunConfig,
+    folder: RunFolder,
+    num_processes: int,
+    *,
+    num_nodes: int = 1,
+    placement: str = HERE,
+    endpoint: str = "",
+    max_lives: int = 1,
+    timeout_s: float = 0.0,
+    environment: Mapping[str, str] = os.environ,
+) -> Order:
+    """What `biokit train` needs to be started with a configuration, which the caller leaves in `asked_file(folder)`.
+
+    Args:
+        num_processes: on each node.
+        environment: of who starts it.
+
+    Raises:
+        ConfigError: an impossible layout, or lives that could not go on where the one before ended.
+    """
+    import_whole("torch")
+    from biokit.launch.torchrun import one_thread
+    from biokit.layouts import find_layout
+
+    if max_lives > 1 and not config.resume:
+        found = f"resume=false: each of {max_lives} lives but the first would have to"
+        raise ConfigError("go on from a checkpoint", found, "Leave resume out, or ask for one life")
+    layout = find_layout(config, num_nodes * num_processes)
+    return Order(
+        "train",
+        ("-m", "biokit", "train", str(asked_file(folder).absolute())),
+        () if layout.strategy == "Single" else ("--nproc-per-node", str(num_processes)),
+        placement,
+        num_nodes,
+        endpoint,
+        timeout_s=timeout_s,
+        max_lives=max_lives,
+        environment={"TQDM_DISABLE": "1", **({} if layout.world_size == 1 else one_thread(environment))},
+        facts={"config_hash": config_hash(config), "layout": layout.as_dict()},
+    )
