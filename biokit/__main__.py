@@ -11,7 +11,7 @@ from typing import Any
 
 from biokit import __version__
 from biokit.errors import BiokitError, ConfigError
-from biokit.launch import commands_launch
+from biokit.launch.commands import launch
 from biokit.view import plan_command
 
 EXIT_USER_ERROR = 2
@@ -19,11 +19,11 @@ EXIT_USER_ERROR = 2
 OWN_FLAGS: dict[str, tuple[str, ...]] = {
     "train": (),
     "preprocess": (),
-    "launch": commands_launch.SWITCHES,
+    "launch": launch.SWITCHES,
     "plan": plan_command.SWITCHES,
 }
 OWN_FLAGS_WITH_VALUE: dict[str, tuple[str, ...]] = {
-    "launch": commands_launch.WITH_VALUE,
+    "launch": launch.WITH_VALUE,
     "plan": plan_command.WITH_VALUE,
 }
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _leave_error(error: Exception) -> None:
     """For the supervisor, where this is a rank of a run: it sees no more than an exit code."""
     if "BIOKIT_LIFE" in os.environ:
-        from biokit.launch.rank import note_own_error
+        from biokit.launch.supervision.rank import note_own_error
 
         note_own_error(error)
 
@@ -87,11 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(preprocess)
     preprocess.set_defaults(run=_run_preprocess)
 
-    launch = commands.add_parser(
+    own = commands.add_parser(
         "launch", help="start the processes of a run by torchrun; read where from the environment"
     )
-    _add_config(launch)
-    commands_launch.add_flags(launch)
+    _add_config(own)
+    launch.add_flags(own)
 
     split = commands.add_parser("split-layers", help="write a checkpoint as one file a layer, for `--load`")
     split.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run folder")
@@ -111,10 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     notebook.set_defaults(run=_run_notebook)
 
-    from biokit.launch import commands_runs, commands_submit
+    from biokit.launch.commands import runs, submit
 
-    commands_runs.add_parser(commands)
-    commands_submit.add_parser(commands)
+    runs.add_parser(commands)
+    submit.add_parser(commands)
     plan_command.add_parser(commands)
 
     doctor = commands.add_parser("doctor", help="versions, engines, kernels, devices; what to install for more")

@@ -15,7 +15,7 @@ import psutil
 
 from biokit.launch.orders import Order, write_order
 from biokit.launch.states import SupervisorState, read_state
-from biokit.launch.supervisor import Limits
+from biokit.launch.supervision.supervisor import Limits
 from biokit.runs import RunFolder
 
 SHORT = Limits(checkpoint_s=20.0, grace_s=1.0, interrupt_s=0.5)
@@ -23,7 +23,7 @@ MARK = "BIOKIT_TEST_TREE"  # variable that every process of a tree inherits: wha
 BODY = """
 import sys
 from biokit.launch.orders import read_order
-from biokit.launch.supervisor import Limits, supervise
+from biokit.launch.supervision.supervisor import Limits, supervise
 from biokit.runs import RunFolder
 
 folder = RunFolder(sys.argv[1])

@@ -23,7 +23,7 @@ TORCH = "/opt/venv/lib/python3.11/site-packages/torch/nn/module.py"
         ("/usr/lib/python3/dist-packages/numpy/x.py", "numpy/x.py line 7", False, True),
         (f"{STANDARD_LIBRARY}json/decoder.py", "json/decoder.py line 7", False, True),
         (f"{PACKAGE}trainer.py", "biokit/trainer.py line 7", False, False),
-        (f"{PACKAGE}launch/rank.py", "biokit/launch/rank.py line 7", False, False),
+        (f"{PACKAGE}launch/supervision/rank.py", "biokit/launch/supervision/rank.py line 7", False, False),
         ("<frozen runpy>", "<frozen runpy> line 7", False, True),
     ],
 )

@@ -19,7 +19,7 @@ from biokit.config import RunConfig, config_from_dict, config_to_yaml, load_conf
 from biokit.errors import ConfigError
 from biokit.flags import read_flags
 from biokit.launch import torchrun
-from biokit.launch.commands_launch import add_flags, run_launch
+from biokit.launch.commands.launch import add_flags, run_launch
 from biokit.launch.torchrun import plan_launch
 from biokit.layouts import find_layout
 from biokit.runs import RunFolder

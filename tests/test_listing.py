@@ -15,14 +15,15 @@ import pytest
 
 from biokit.config import config_hash, config_to_yaml, load_config
 from biokit.errors import ConfigError, RunError
-from biokit.launch import again, job_status, slurm
-from biokit.launch.commands_runs import add_parser
+from biokit.launch import again
+from biokit.launch.commands.runs import add_parser
 from biokit.launch.facts import asked_file
 from biokit.launch.listing import diff_runs, find_run, find_runs, list_runs
 from biokit.launch.orders import SLURM, Order, write_order
 from biokit.launch.register import register_run
 from biokit.launch.run import Run
-from biokit.launch.slurm import Job, write_job
+from biokit.launch.slurm import job_status, jobs
+from biokit.launch.slurm.jobs import Job, write_job
 from biokit.launch.states import SupervisorState, write_state
 from biokit.launch.status import read_status
 from biokit.runs import MetricsWriter, RunFolder
@@ -260,8 +261,8 @@ def test_what_cannot_be_started_again_is_refused(home: Path, seen: Started) -> N
 def queue(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """What Slurm says of its jobs."""
     states: dict[str, str] = {}
-    monkeypatch.setattr(slurm, "job_state", lambda job_id: states.get(job_id, slurm.UNKNOWN))
-    monkeypatch.setattr(slurm, "cancel", lambda job_id: states.update({job_id: "CANCELLED"}))
+    monkeypatch.setattr(jobs, "job_state", lambda job_id: states.get(job_id, jobs.UNKNOWN))
+    monkeypatch.setattr(jobs, "cancel", lambda job_id: states.update({job_id: "CANCELLED"}))
     monkeypatch.setattr(job_status, "LOOK_EVERY_S", 0.0)
     monkeypatch.setattr(job_status.shutil, "which", lambda name: f"/usr/bin/{name}")
     return states
@@ -271,7 +272,7 @@ def test_a_job_is_queued_begins_and_ends(home: Path, queue: dict[str, str]) -> N
     folder = RunFolder(home / "one")
     folder.create()
     write_order(folder, Order("train", ("x.py",), placement=SLURM))
-    job = Job(slurm.TRAIN, "one", job_id="12", submitted=time.time() - 100)
+    job = Job(jobs.TRAIN, "one", job_id="12", submitted=time.time() - 100)
     write_job(folder, job)
     for said, status in (
         ("PENDING", "queued"),
@@ -279,7 +280,7 @@ def test_a_job_is_queued_begins_and_ends(home: Path, queue: dict[str, str]) -> N
         ("CANCELLED", "stopped"),
         ("TIMEOUT", "timed out"),
         ("NODE_FAIL", "failed"),
-        (slurm.UNKNOWN, "lost"),
+        (jobs.UNKNOWN, "lost"),
     ):
         queue["12"] = said
         assert Run.attach(folder).status == status, said
@@ -304,16 +305,16 @@ def test_a_queued_job_is_cancelled_and_stays_so(home: Path, queue: dict[str, str
     folder = RunFolder(home / "one")
     folder.create()
     write_order(folder, Order("train", ("x.py",), placement=SLURM))
-    write_job(folder, Job(slurm.TRAIN, "one", job_id="12", submitted=time.time()))
+    write_job(folder, Job(jobs.TRAIN, "one", job_id="12", submitted=time.time()))
     queue["12"] = "PENDING"
     assert Run.attach(folder).stop() == "stopped" and queue["12"] == "CANCELLED"
-    assert json.loads((folder.path / slurm.JOB_FILE).read_text())["outcome"] == "stopped"
+    assert json.loads((folder.path / jobs.JOB_FILE).read_text())["outcome"] == "stopped"
 
 
 def test_a_job_that_does_not_stop_is_cancelled(home: Path, queue: dict[str, str]) -> None:
     folder = RunFolder(home / "one")
     folder.create()
-    write_job(folder, Job(slurm.NOTEBOOK, "one", job_id="13"))
+    write_job(folder, Job(jobs.NOTEBOOK, "one", job_id="13"))
     queue["13"] = "RUNNING"
     run = Run.attach(folder)
     assert run.status == "running"
@@ -323,7 +324,7 @@ def test_a_job_that_does_not_stop_is_cancelled(home: Path, queue: dict[str, str]
 
 def test_an_array_is_not_a_run(home: Path) -> None:
     RunFolder(home / "sweep").create()
-    write_job(RunFolder(home / "sweep"), Job(slurm.SWEEP, "sweep", job_id="14", num_tasks=3))
+    write_job(RunFolder(home / "sweep"), Job(jobs.SWEEP, "sweep", job_id="14", num_tasks=3))
     with pytest.raises(RunError, match=r"it is an array of 3 runs\. Give one of them, e\.g\. .*sweep/000"):
         Run.attach(home / "sweep")
 

@@ -14,9 +14,9 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from biokit.errors import ConfigError
-from biokit.launch.magic_line import MagicLine, describe_flags, list_flags, read_line, split_words
+from biokit.launch.magics.magic_line import MagicLine, describe_flags, list_flags, read_line, split_words
+from biokit.launch.magics.torchrun_flags import torchrun_parser
 from biokit.launch.orders import GIVEN, HERE, Order
-from biokit.launch.torchrun_flags import torchrun_parser
 from tests.kernel import REPOSITORY
 
 ODD = "a b\"c'; touch X # $(touch Y) `touch Z` | & \\ {x} $x \n end"
@@ -181,7 +181,7 @@ def test_an_interrupt_leaves_no_import_half_done(tmp_path: Path) -> None:
 
 def test_torch_is_imported_whole() -> None:
     code = (
-        "import sys, threading\nfrom biokit.launch.magic_line import read_line\n"
+        "import sys, threading\nfrom biokit.launch.magics.magic_line import read_line\n"
         "class Finder:\n    def find_spec(self, name, path=None, target=None):\n"
         "        assert name != 'torch' or threading.current_thread() is not threading.main_thread()\n"
         "sys.meta_path.insert(0, Finder())\nread_line(['x.py'], False)\nassert 'torch' in sys.modules\n"
@@ -207,5 +207,5 @@ def test_all_flags_are_offered_and_described() -> None:
 
 
 def test_loading_costs_no_torch() -> None:
-    code = "import biokit.launch.magics, biokit.launch.extension, sys; sys.exit('torch' in sys.modules)"
+    code = "import sys; from biokit.launch.magics import extension, torchrun_magics; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

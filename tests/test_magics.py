@@ -21,9 +21,9 @@ from traitlets.config import Config
 
 from biokit import load_ipython_extension
 from biokit.errors import RunError
-from biokit.launch import magics
-from biokit.launch.cell_program import run_cell, write_cell
-from biokit.launch.hidden_words import hide_words, show_words
+from biokit.launch.magics import torchrun_magics
+from biokit.launch.magics.cell_program import run_cell, write_cell
+from biokit.launch.magics.hidden_words import hide_words, show_words
 from biokit.launch.notebooks import run_notebook
 from biokit.launch.run import Run
 from biokit.launch.values import read_values
@@ -55,7 +55,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunFolder, Any, bool,
         seen.append((folder, order, detach, variables))
         return Run(folder)
 
-    monkeypatch.setattr(magics, "start_run", note)
+    monkeypatch.setattr(torchrun_magics, "start_run", note)
     return seen
 
 
@@ -132,14 +132,14 @@ def test_what_is_started(shell: InteractiveShell, started: list[Any], tmp_path: 
     assert isinstance(run, Run)
     folder, order, detach, variables = started.pop()
     assert (order.kind, order.torchrun, order.timeout_s, detach) == ("script", ("--nproc-per-node", "2"), 0.0, False)
-    assert order.program[:3] == ("-m", "biokit.launch.hidden_words", "x.py")
+    assert order.program[:3] == ("-m", "biokit.launch.magics.hidden_words", "x.py")
     assert list(variables.values()) == [TOKEN] and TOKEN not in repr(order)
     assert folder.path.parent == Path("runs/torchrun")
     shell.run_cell_magic("torchrun", "--detach --with lr,hf_token --out y -- --a {lr}", "y = lr\n")
     folder, order, detach, variables = started.pop()
     assert (order.kind, order.timeout_s, detach) == ("cell", 24 * 3600.0, True)
     assert order.program == (
-        "-m", "biokit.launch.cell_program", str(folder.path.absolute()), "--out", "y", "--", "--a", "0.5"
+        "-m", "biokit.launch.magics.cell_program", str(folder.path.absolute()), "--out", "y", "--", "--a", "0.5"
     )  # fmt: skip
     assert variables == {"BIOKIT_WITH_hf_token": TOKEN}
     assert (folder.path / "cell.py").read_text() == "\ny = lr\n"
@@ -148,7 +148,7 @@ def test_what_is_started(shell: InteractiveShell, started: list[Any], tmp_path: 
 
 def test_runs_stand_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BIOKIT_RUNS", str(tmp_path))
-    first, second = magics.new_folder(), magics.new_folder()
+    first, second = torchrun_magics.new_folder(), torchrun_magics.new_folder()
     assert first.parent == tmp_path / "torchrun" and first != second
 
 
@@ -178,7 +178,7 @@ def test_help_and_completion(shell: InteractiveShell, capsys: pytest.CaptureFixt
 def test_hidden_words(monkeypatch: pytest.MonkeyPatch) -> None:
     program = ("x.py", "--token", TOKEN, f"api_key={TOKEN}2", "--lr", "1")
     hidden, variables = hide_words(program)
-    assert hidden[:3] == ("-m", "biokit.launch.hidden_words", "x.py") and TOKEN not in " ".join(hidden)
+    assert hidden[:3] == ("-m", "biokit.launch.magics.hidden_words", "x.py") and TOKEN not in " ".join(hidden)
     with pytest.raises(RunError, match="not written down"):
         show_words(hidden[2:])
     for name, value in variables.items():

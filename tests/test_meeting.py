@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from biokit.launch.meeting import BEAT_S, LOST_S, READ_S, Follower, Leader, read_note
+from biokit.launch.supervision.meeting import BEAT_S, LOST_S, READ_S, Follower, Leader, read_note
 from biokit.runs import RunFolder
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from biokit.config import config_to_yaml
-from biokit.launch.meeting import read_note
 from biokit.launch.orders import NODES, Order, write_order
 from biokit.launch.states import read_state
-from biokit.launch.supervisor import Limits
+from biokit.launch.supervision.meeting import read_note
+from biokit.launch.supervision.supervisor import Limits
 from biokit.launch.torchrun import node_commands
 from biokit.runs import RunFolder
 from biokit.train import train
@@ -30,10 +30,12 @@ LIMITS = Limits(checkpoint_s=5.0, grace_s=1.0, interrupt_s=0.5, watchdog_s=3.0, 
 # agents that need no torch: what each does in each life stands in the plan
 BODY = """
 import json, sys
-from biokit.launch import lives, meeting, nodes
+from biokit.launch.supervision import lives
+from biokit.launch.supervision import meeting
+from biokit.launch.supervision import nodes
 from biokit.launch.orders import read_order
-from biokit.launch.placement import Agent
-from biokit.launch.supervisor import Limits, supervise
+from biokit.launch.supervision.placement import Agent
+from biokit.launch.supervision.supervisor import Limits, supervise
 from biokit.runs import RunFolder
 
 folder, node = RunFolder(sys.argv[1]), int(sys.argv[2])

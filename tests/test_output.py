@@ -155,7 +155,7 @@ def test_a_line_is_shown_soon(tmp_path: Path) -> None:
         folder, True, say=lambda text: delays.extend(time.time() - float(t.split()[2]) for t in text.split("\n"))
     )
     code = (
-        "import sys, time; from pathlib import Path; from biokit.launch.rank import redirect_output\n"
+        "import sys, time; from pathlib import Path; from biokit.launch.supervision.rank import redirect_output\n"
         "redirect_output(Path(sys.argv[1]))\n"
         "for _ in range(20): print(time.time()); time.sleep(0.03)"
     )

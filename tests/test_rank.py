@@ -36,7 +36,7 @@ PROGRAMS = {
 
 def run_rank(life: LifeFolder, *words: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     life.create()
-    command = [sys.executable, "-u", "-m", "biokit.launch.rank", *words]
+    command = [sys.executable, "-u", "-m", "biokit.launch.supervision.rank", *words]
     environment = {**os.environ, **variables}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
 
@@ -155,7 +155,7 @@ def test_an_error_that_the_program_catches_itself(tmp_path: Path, own: bool) -> 
     life = LifeFolder(tmp_path / "life")
     script = tmp_path / "catching.py"
     catching = (
-        "import sys\nfrom biokit.errors import ConfigError\nfrom biokit.launch.rank import note_own_error\n"
+        "import sys\nfrom biokit.errors import ConfigError\nfrom biokit.launch.supervision.rank import note_own_error\n"
         "try:\n    raise ConfigError('a', 'b', 'c')\nexcept ConfigError as error:\n    note_own_error(error)\n"
     )
     child = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {catching!r}])\n"

@@ -393,7 +393,7 @@ def test_runs_end_with_the_process_that_started_them(tmp_path: Path, folder: Run
 
 def test_looking_at_runs_costs_no_torch() -> None:
     code = (
-        "import sys, biokit.launch.run, biokit.launch.listing, biokit.launch.again, biokit.launch.commands_runs;"
+        "import sys, biokit.launch.run, biokit.launch.listing, biokit.launch.again, biokit.launch.commands.runs;"
         "sys.exit(bool({'torch', 'matplotlib', 'IPython', 'numpy'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

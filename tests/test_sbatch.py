@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from biokit.errors import ConfigError
-from biokit.launch.sbatch import JobRequest, parse_time, write_script
-from biokit.launch.sites import Site, find_site_file, load_site, site_from_dict
+from biokit.launch.slurm.sbatch import JobRequest, parse_time, write_script
+from biokit.launch.slurm.sites import Site, find_site_file, load_site, site_from_dict
 
 ODD = 'it\'s "x"; touch PWNED $(touch PWNED) `touch PWNED` & | > PWNED #'
 SITE = """\
@@ -61,7 +61,7 @@ def test_a_script_tells_all(tmp_path: Path) -> None:
         "open-mode": "append",
     }
     assert script.startswith("#!/bin/bash\n# Trains small.\n") and "set -eu" in script
-    assert script.endswith(f"exec /opt/python -m biokit.launch.job {tmp_path / 'run'}\n")
+    assert script.endswith(f"exec /opt/python -m biokit.launch.slurm.job {tmp_path / 'run'}\n")
     assert "120 s before the time limit" in script
 
 
@@ -75,7 +75,7 @@ def test_a_site_adds_its_ways(tmp_path: Path) -> None:
     assert f"# From the site file {file}:" in script
     order = [script.index(part) for part in ("set -eu", "set +u", "module load cuda", "set -u\n", "exec ")]
     assert order == sorted(order)
-    assert "exec apptainer exec --nv '/images/my image.sif' python3 -m biokit.launch.job" in script
+    assert "exec apptainer exec --nv '/images/my image.sif' python3 -m biokit.launch.slurm.job" in script
     assert "export BIOKIT_SRUN=--mpi=none" in script
     (container,) = [line for line in script.splitlines() if line.startswith("export BIOKIT_CONTAINER=")]
     (value,) = shlex.split(container.partition("=")[2])
@@ -111,7 +111,7 @@ def test_odd_values_run_nothing(tmp_path: Path) -> None:
     done = subprocess.run(["bash"], input=script, text=True, capture_output=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "in the set-up:\n"), done.stderr
     given = json.loads((folder / "given").read_text())
-    assert given == [str(folder), str(python), "-m", "biokit.launch.job", str(folder / "run")]
+    assert given == [str(folder), str(python), "-m", "biokit.launch.slurm.job", str(folder / "run")]
     assert list(tmp_path.rglob("PWNED")) == []
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from biokit.errors import EngineError, RunError
-from biokit.launch import following, job, slurm, srun, states
-from biokit.launch.job import JobRun, find_folder
-from biokit.launch.slurm import Job, QueueEntry, own_job_id, read_job, write_job
-from biokit.launch.work import NotebookWork, TrainingWork
+from biokit.launch import states
+from biokit.launch.slurm import following, job, jobs, srun
+from biokit.launch.slurm.job import JobRun, find_folder
+from biokit.launch.slurm.jobs import Job, QueueEntry, own_job_id, read_job, write_job
+from biokit.launch.slurm.work import NotebookWork, TrainingWork
 from biokit.runs import MetricsWriter, RunFolder
 from tests.fake_slurm import INSIDE, FakeSlurm
 
@@ -50,14 +51,14 @@ def test_a_job_is_remembered(folder: RunFolder) -> None:
 )
 def test_what_no_job_wrote_is_not_told_to_slurm(folder: RunFolder, change: dict[str, object]) -> None:
     values = asdict(read_job(folder) or Job("train", "x"))
-    (folder.path / slurm.JOB_FILE).write_text(json.dumps({**values, **change}))
+    (folder.path / jobs.JOB_FILE).write_text(json.dumps({**values, **change}))
     with pytest.raises(RunError, match=r"job\.json cannot be read"):
         read_job(folder)
 
 
 @pytest.mark.parametrize("text", ["[1]", "", "[" * 100_000])
 def test_a_job_file_that_is_none(folder: RunFolder, text: str) -> None:
-    (folder.path / slurm.JOB_FILE).write_text(text)
+    (folder.path / jobs.JOB_FILE).write_text(text)
     with pytest.raises(RunError, match=r"job\.json cannot be read"):
         read_job(folder)
 
@@ -65,15 +66,15 @@ def test_a_job_file_that_is_none(folder: RunFolder, text: str) -> None:
 def test_the_queue_is_read(fake: FakeSlurm) -> None:
     lines = "12_0|RUNNING|node[1-2]|None\n12_1|PENDING||Resources | odd\n12_2|COMPLETED|node1|None\n"
     fake.answer(squeue=(0, lines, ""))
-    found = slurm.look_up(["12_0", "12_1"])
+    found = jobs.look_up(["12_0", "12_1"])
     assert list(found) == ["12_0", "12_1"] and fake.said[-1][-1] == "--jobs=12"
     assert [str(entry) for entry in found.values()] == ["running on node[1-2]", "queued (Resources | odd)"]
-    assert slurm.job_state("12_2") == "COMPLETED"
+    assert jobs.job_state("12_2") == "COMPLETED"
     fake.answer(squeue=FORGOTTEN)
-    assert slurm.look_up(["12"]) == {} and slurm.job_state("12") == slurm.UNKNOWN == slurm.job_state("")
+    assert jobs.look_up(["12"]) == {} and jobs.job_state("12") == jobs.UNKNOWN == jobs.job_state("")
     fake.answer(squeue=(1, "", "Unable to contact slurm controller\n"))
     with pytest.raises(RunError, match="Unable to contact slurm controller"):
-        slurm.look_up(["12"])
+        jobs.look_up(["12"])
 
 
 def test_an_allocation_is_not_handed_on(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,14 +82,14 @@ def test_an_allocation_is_not_handed_on(fake: FakeSlurm, monkeypatch: pytest.Mon
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "1")
     monkeypatch.setenv("SLURM_CONF", "here")
-    kept = slurm._outside()
+    kept = jobs._outside()
     assert kept["SLURM_CONF"] == "here" and "SLURM_MEM_PER_NODE" not in kept and kept["PATH"]
-    slurm.submit_script(Path("job.sbatch"))
+    jobs.submit_script(Path("job.sbatch"))
     assert srun.find_lost_node({**INSIDE, "SLURM_JOB_NUM_NODES": "1"}) == srun.find_lost_node(INSIDE) == ""
     assert fake.allocations == ["", "7"] and fake.said[-1][-1] == "true"  # a step of this job, and not one of its own
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(EngineError, match="scancel is not on this machine"):
-        slurm.cancel("12")
+        jobs.cancel("12")
 
 
 def test_which_job_this_is() -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from biokit.errors import BiokitError, EngineError, RunError
-from biokit.launch import slurm, slurm_node, srun, states
-from biokit.launch.magic_line import read_line
+from biokit.launch import states
+from biokit.launch.magics.magic_line import read_line
 from biokit.launch.orders import Order
+from biokit.launch.slurm import jobs, node, srun
 from biokit.runs import RunFolder
 from tests.fake_slurm import INSIDE, FakeSlurm
 
@@ -56,12 +57,12 @@ def test_a_life_needs_all_its_nodes(fake: FakeSlurm, monkeypatch: pytest.MonkeyP
 def test_inside_an_allocation_nodes_are_its_nodes(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
     """For `%%torchrun --nnodes 2` and `start_training(..., num_nodes=2)` alike."""
     words = ["--nnodes", "2", "--nproc-per-node", "4"]
-    assert slurm.choose_placement(2) == "here"
+    assert jobs.choose_placement(2) == "here"
     with pytest.raises(BiokitError, match="--nnodes 2"):
         read_line(words, is_cell=True)
     for name, value in INSIDE.items():
         monkeypatch.setenv(name, value)
-    assert [slurm.choose_placement(count) for count in (1, 2, 3, 4)] == ["here", "slurm", "slurm", "here"]
+    assert [jobs.choose_placement(count) for count in (1, 2, 3, 4)] == ["here", "slurm", "slurm", "here"]
     line = read_line(words, is_cell=True)
     assert (line.placement, line.num_nodes, line.num_ranks) == ("slurm", 2, 8) and "--nnodes" not in line.torchrun
     told = [*words, "--rdzv-backend", "c10d", "--rdzv-endpoint", "n1:29500"]
@@ -82,21 +83,21 @@ def test_what_an_earlier_life_left_is_ended(fake: FakeSlurm, tmp_path: Path, mon
 def test_a_node_hears_of_its_lifes_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the supervisor's file alone: an srun that was killed tells nobody."""
     folder = RunFolder(tmp_path)
-    monkeypatch.setattr(slurm_node, "LOOK_S", 0.0)
+    monkeypatch.setattr(node, "LOOK_S", 0.0)
     said = states.SupervisorState.of_this_process(3)
-    leader = slurm_node.Leader(folder, 2)
+    leader = node.Leader(folder, 2)
     assert leader.gone() == ""  # the file has not come yet
     for life, state, gone in ((1, "running", False), (2, "running", False), (2, "waiting", True)):
         said.life, said.state = life, state
         states.write_state(folder, said)
-        assert bool(slurm_node.Leader(folder, 2).gone()) == gone, (life, state)
+        assert bool(node.Leader(folder, 2).gone()) == gone, (life, state)
     said.life, said.state = 3, "running"
     states.write_state(folder, said)
-    assert "has gone on" in slurm_node.Leader(folder, 2).gone()
+    assert "has gone on" in node.Leader(folder, 2).gone()
     said.life = 2
     states.write_state(folder, said)
-    silent = slurm_node.Leader(folder, 2)
+    silent = node.Leader(folder, 2)
     assert silent.gone() == ""
-    monkeypatch.setattr(slurm_node, "SILENT_S", 0.05)
+    monkeypatch.setattr(node, "SILENT_S", 0.05)
     time.sleep(0.1)
     assert "has said nothing" in silent.gone()

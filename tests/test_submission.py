@@ -17,13 +17,13 @@ from traitlets.config import Config
 from biokit.__main__ import main
 from biokit.config import config_to_yaml, load_config
 from biokit.errors import BiokitError, ConfigError, DataError
-from biokit.launch import following
-from biokit.launch.commands_submit import add_arguments, prepare
+from biokit.launch.commands.submit import add_arguments, prepare
+from biokit.launch.magics.slurm_magics import SubmitMagics
 from biokit.launch.orders import read_order
-from biokit.launch.slurm import read_job, submit_script
-from biokit.launch.slurm_magics import SubmitMagics
-from biokit.launch.submission import Submission
-from biokit.launch.sweeps import combine, read_values, task_name
+from biokit.launch.slurm import following
+from biokit.launch.slurm.jobs import read_job, submit_script
+from biokit.launch.slurm.submission import Submission
+from biokit.launch.slurm.sweeps import combine, read_values, task_name
 from biokit.runs import RunFolder
 from tests.fake_slurm import FakeSlurm
 from tests.small_run import small_config

@@ -20,7 +20,7 @@ from biokit.failures import read_failure
 from biokit.launch.orders import Order
 from biokit.launch.register import list_registered
 from biokit.launch.starting import start_supervisor
-from biokit.launch.supervisor import Limits
+from biokit.launch.supervision.supervisor import Limits
 from biokit.runs import RunFolder
 from biokit.stacks import read_hang
 from tests.drills import supervised
@@ -264,7 +264,7 @@ def test_a_folder_has_one_supervisor(start: Start, tmp_path: Path) -> None:
 
 def test_it_starts_light() -> None:
     heavy = "('torch', 'numpy', 'rdkit', 'matplotlib')"
-    code = f"import sys; import biokit.launch.supervisor; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, biokit.launch.supervision.supervisor; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 

@@ -21,14 +21,14 @@ import pytest
 import torch
 
 from biokit.errors import DataError, EngineError, RunError
-from biokit.launch import warm_members
 from biokit.launch.failed_run import RunFailed
 from biokit.launch.values import read_values
-from biokit.launch.variables import describe_variables
-from biokit.launch.warm import Cell, CellEnd, Pool
-from biokit.launch.warm_members import Member, admit, open_door, receive_any
-from biokit.launch.warm_messages import MOST_BYTES, receive_message, send_message, write_token
-from biokit.launch.warm_rank import is_silenced, run_code
+from biokit.launch.warm import members
+from biokit.launch.warm.members import Member, admit, open_door, receive_any
+from biokit.launch.warm.messages import MOST_BYTES, receive_message, send_message, write_token
+from biokit.launch.warm.pool import Cell, CellEnd, Pool
+from biokit.launch.warm.rank import is_silenced, run_code
+from biokit.launch.warm.variables import describe_variables
 from biokit.runs import RunFolder
 
 INIT = "import os, time, torch, torch.distributed as dist\ndist.init_process_group('gloo')\nr = dist.get_rank()\n"
@@ -104,7 +104,7 @@ def test_a_token_is_never_written_over_a_file_that_is_there(tmp_path: Path) -> N
 def test_a_path_too_long_for_a_socket_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = tmp_path / ("long" * 30)
     long.mkdir()
-    monkeypatch.setattr(warm_members.tempfile, "tempdir", str(long))
+    monkeypatch.setattr(members.tempfile, "tempdir", str(long))
     with pytest.raises(EngineError, match="Set TMPDIR"), open_door():
         pass
 
@@ -314,7 +314,7 @@ def test_ranks_that_do_not_come_up_are_explained(tmp_path: Path, monkeypatch: py
 
 def test_a_pool_ends_with_its_process(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom biokit.launch.warm import Pool\nfrom biokit.runs import RunFolder\n"
+        "import sys\nfrom biokit.launch.warm.pool import Pool\nfrom biokit.runs import RunFolder\n"
         "pool = Pool(RunFolder(sys.argv[1]), 1)\n"
         "print(*(member.process.pid for member in pool.members), flush=True)\n"
     )

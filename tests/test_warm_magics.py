@@ -144,7 +144,9 @@ def test_new_ranks_are_said_to_be_new(kernel: Kernel) -> None:
     output = kernel.run("%ranks --restart -n 1")
     assert output.status == "ok" and output.text == "starting 1 warm rank\n"
     assert "name 'found' is not defined" in kernel.run("%%ranks\nfound").error["evalue"]
-    (rank,) = [p for p in list_processes(Path(kernel.process.cwd())) if "biokit.launch.rank" in p.cmdline()[:5]]
+    (rank,) = [
+        p for p in list_processes(Path(kernel.process.cwd())) if "biokit.launch.supervision.rank" in p.cmdline()[:5]
+    ]
     rank.kill()
     rank.wait(10)
     time.sleep(1.0)

@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from biokit.launch import watchdog
-from biokit.launch.watchdog import Watchdog
+from biokit.launch.supervision import watchdog
+from biokit.launch.supervision.watchdog import Watchdog
 from biokit.runs import LifeFolder
 
 

@@ -86,7 +86,7 @@ class Trial:
                 self.faults.append(f"they did not come up: {', '.join(missing)}")
                 return
             time.sleep(0.02)
-        found = [process for process in self.list_left() if "biokit.launch.rank" in describe(process)]
+        found = [process for process in self.list_left() if "biokit.launch.supervision.rank" in describe(process)]
         if len(found) < len(wanted):
             self.faults.append(f"{len(wanted)} ranks are up, and {len(found)} of them are seen")
 
@@ -240,12 +240,12 @@ def kill_inside(trial: Trial, kernel: TrialKernel, module: str) -> None:
 
 def kill_agent(trial: Trial, kernel: TrialKernel) -> None:
     """torchrun's agent is killed."""
-    kill_inside(trial, kernel, "biokit.launch.agent")
+    kill_inside(trial, kernel, "biokit.launch.supervision.agent")
 
 
 def kill_supervisor(trial: Trial, kernel: TrialKernel) -> None:
     """The supervisor is killed."""
-    kill_inside(trial, kernel, "biokit.launch.supervisor")
+    kill_inside(trial, kernel, "biokit.launch.supervision.supervisor")
 
 
 def interrupt_warm(trial: Trial, kernel: TrialKernel) -> None:

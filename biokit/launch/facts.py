@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from biokit.errors import RunError
-from biokit.launch.job_status import find_job
 from biokit.launch.orders import Order, read_order
+from biokit.launch.slurm.job_status import find_job
 from biokit.launch.states import SupervisorState, read_state
 from biokit.launch.status import read_status
 from biokit.runs import RunFolder

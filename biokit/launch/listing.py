@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from biokit.errors import BiokitError, RunError
-from biokit.launch import slurm
 from biokit.launch.facts import compare_runs, describe_run
 from biokit.launch.orders import read_order
 from biokit.launch.register import list_registered
 from biokit.launch.run import Run
+from biokit.launch.slurm import jobs
 from biokit.runs import RunFolder
 from biokit.safe_files import to_number
 from biokit.view.table import Table
@@ -94,7 +94,7 @@ def _scan(root: Path, depth: int) -> Iterator[Path]:
 
 def _is_run(path: Path) -> bool:
     folder = RunFolder(path)
-    if folder.launch_file.exists() or (path / slurm.JOB_FILE).exists():
+    if folder.launch_file.exists() or (path / jobs.JOB_FILE).exists():
         return True
     with contextlib.suppress(RunError):  # token stores and checkpoints have a manifest too
         return "status" in folder.read_manifest()

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 from biokit.config import RunConfig, config_to_yaml
 from biokit.errors import RunError
 from biokit.failures import Failure, read_failure
-from biokit.launch import slurm, states
+from biokit.launch import states
 from biokit.launch.facts import asked_file, describe_run
 from biokit.launch.failed_run import RunFailed, explain_end
-from biokit.launch.job_status import cancel_job, find_job
 from biokit.launch.orders import SLURM, Order, read_order
+from biokit.launch.slurm import jobs
+from biokit.launch.slurm.job_status import cancel_job, find_job
+from biokit.launch.slurm.sweeps import task_name
 from biokit.launch.started import check_free, find_started, start_order
 from biokit.launch.status import find_supervisor, note_interrupted, read_status
-from biokit.launch.sweeps import task_name
 from biokit.launch.training_order import training_order
 from biokit.launch.tree import end_tree
 from biokit.runs import RunFolder, write_atomically
@@ -61,13 +62,13 @@ class Run:
             RunError: the folder holds no run.
         """
         found = folder if isinstance(folder, RunFolder) else RunFolder(folder)
-        job_file = found.path / slurm.JOB_FILE
+        job_file = found.path / jobs.JOB_FILE
         found.check_path()
         files = (found.launch_file, found.manifest_file, found.config_file, found.metrics_file(), job_file)
         if not any(file.exists() for file in files):
             what = "it holds no run" if found.path.is_dir() else "there is no such folder"
             raise RunError(f"run {found.path}", what, "Give the folder of a run; `biokit runs list` names them")
-        if (job := find_job(found)) is not None and job.kind == slurm.SWEEP:
+        if (job := find_job(found)) is not None and job.kind == jobs.SWEEP:
             do = f"Give one of them, e.g. {found.path / task_name(0)}"
             raise RunError(f"run {found.path}", f"it is an array of {job.num_tasks} runs", do)
         return cls(found)
@@ -311,7 +312,7 @@ def start_training(
         EngineError: more processes than CUDA devices.
         RunError: the run folder cannot be made, or a run is alive in it.
     """
-    folder, placement = RunFolder(config.run_dir), slurm.choose_placement(num_nodes)
+    folder, placement = RunFolder(config.run_dir), jobs.choose_placement(num_nodes)
     order = training_order(
         config,
         folder,

@@ -15,7 +15,7 @@ from pathlib import Path
 from biokit.errors import RunError
 from biokit.launch.facts import collect_facts
 from biokit.launch.orders import SLURM, Order
-from biokit.launch.slurm import has_nodes
+from biokit.launch.slurm.jobs import has_nodes
 from biokit.launch.starting import start_supervisor
 from biokit.launch.states import ENDED, read_state
 from biokit.launch.status import is_locked, is_supervised

@@ -32,7 +32,7 @@ def start_supervisor(
     owner = [] if detach else ["--owner", str(os.getpid())]
     with (folder.logs / "supervisor.log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-u", "-m", "biokit.launch.supervisor", str(folder.path.absolute()), *owner],
+            [sys.executable, "-u", "-m", "biokit.launch.supervision.supervisor", str(folder.path.absolute()), *owner],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 
 from biokit.errors import RunError
-from biokit.launch.job_status import find_job, status_of_job
 from biokit.launch.orders import SLURM, read_order
+from biokit.launch.slurm.job_status import find_job, status_of_job
 from biokit.launch.states import (
     ENDED,
     EXIT_CODES,

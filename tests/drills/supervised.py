@@ -17,7 +17,7 @@ from pathlib import Path
 
 from biokit.config import RunConfig, config_from_dict, config_to_dict, config_to_yaml
 from biokit.launch.orders import Order
-from biokit.launch.supervisor import Limits
+from biokit.launch.supervision.supervisor import Limits
 from biokit.runs import RunFolder
 from tests.drills.kill_a_rank import LIFE_S, last_step
 from tests.drills.kill_and_resume import ITERATIONS, SAVE_INTERVAL, last_weights, losses, make_config

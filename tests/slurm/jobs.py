@@ -9,8 +9,8 @@ from typing import Any
 import nbformat
 
 from biokit.config import RunConfig, config_from_dict, config_to_dict, config_to_yaml
-from biokit.launch.commands_submit import add_arguments, prepare
-from biokit.launch.slurm import Job, read_job
+from biokit.launch.commands.submit import add_arguments, prepare
+from biokit.launch.slurm.jobs import Job, read_job
 from biokit.runs import RunFolder
 from tests.slurm.cluster import Cluster, wait_until
 from tests.small_run import small_config

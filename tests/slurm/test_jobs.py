@@ -14,10 +14,11 @@ import nbformat
 import psutil
 import pytest
 
-from biokit.launch import following, slurm
 from biokit.launch.notebooks import trust_notebook
 from biokit.launch.orders import read_order
 from biokit.launch.run import Run
+from biokit.launch.slurm import following
+from biokit.launch.slurm.jobs import cancel, is_queued
 from biokit.runs import RunFolder
 from tests.slurm import jobs
 from tests.slurm.cluster import Cluster, processes_with, wait_until
@@ -122,7 +123,7 @@ def test_usr2_saves_and_puts_back(cluster: Cluster, undisturbed: RunFolder, tmp_
     reached = run.read_manifest()["step"]
     assert 15 <= reached < STEPS and reached == run.checkpoint_steps()[-1]
     wait_for_state(cluster, run, "PENDING")
-    assert slurm.is_queued(run) and Run.attach(run).status == "queued"
+    assert is_queued(run) and Run.attach(run).status == "queued"
     wait_for_outcome(cluster, run, "finished", "failed", timeout_s=AGAIN_S)
     manifest = run.read_manifest()
     assert (job_of(run).outcome, manifest["resumed_from"]) == ("finished", reached), jobs.explain(cluster, run)
@@ -149,7 +150,7 @@ def cancel_and_count(cluster: Cluster, run: RunFolder) -> int:
     """Cancel a job and see that nothing of it is left, and that it does not come back; how many processes it had."""
     job_id = job_of(run).job_id
     count = len(processes_with("SLURM_JOB_ID", job_id))
-    slurm.cancel(job_id)
+    cancel(job_id)
     wait_until(lambda: not processes_with("SLURM_JOB_ID", job_id), 20, lambda: jobs.explain(cluster, run))
     wait_for_state(cluster, run, "CANCELLED", timeout_s=20)
     time.sleep(1.0)
@@ -201,7 +202,7 @@ def test_a_killed_srun(cluster: Cluster, tmp_path: Path) -> None:
     assert not any(map(psutil.pid_exists, old))
     resumed = last_step(run)
     wait_for_step(cluster, run, resumed + 1)
-    slurm.cancel(job_of(run).job_id)
+    cancel(job_of(run).job_id)
     wait_for_state(cluster, run, "CANCELLED")
 
 
@@ -244,5 +245,5 @@ def test_the_time_limit_itself(cluster: Cluster, tmp_path: Path) -> None:
     assert job_of(run).outcome == "requeued", jobs.explain(cluster, run)
     wait_for_state(cluster, run, "PENDING")
     assert run.checkpoint_steps()[-1] == run.read_manifest()["step"] == last_step(run)
-    slurm.cancel(job_of(run).job_id)
+    cancel(job_of(run).job_id)
     wait_for_state(cluster, run, "CANCELLED")
