@@ -207,20 +207,6 @@ def test_fewer_steps_than_made_are_refused(tmp_path):
         train(small_config(tmp_path, train_iters=3))
 
 
-def test_stop_during_preparation_is_kept(tmp_path, monkeypatch):
-    import biokit.train
-
-    config, prepare = small_config(tmp_path), biokit.train.prepare_data
-
-    def stop_and_prepare(config):
-        RunFolder(config.run_dir).request_stop()
-        return prepare(config)
-
-    monkeypatch.setattr(biokit.train, "prepare_data", stop_and_prepare)
-    manifest = train(config)
-    assert (manifest["status"], manifest["step"]) == ("stopped", 0)
-
-
 def test_threads_are_given_back(tmp_path):
     import torch
 

@@ -60,3 +60,17 @@ def test_a_second_trainer_is_refused(tmp_path):
         train(config)
     process.kill()
     process.communicate()
+
+
+def test_stop_during_preparation_is_kept(tmp_path, monkeypatch):
+    import biokit.train
+
+    config, prepare = small_config(tmp_path), biokit.train.prepare_data
+
+    def stop_and_prepare(config):
+        RunFolder(config.run_dir).request_stop()
+        return prepare(config)
+
+    monkeypatch.setattr(biokit.train, "prepare_data", stop_and_prepare)
+    manifest = train(config)
+    assert (manifest["status"], manifest["step"]) == ("stopped", 0)

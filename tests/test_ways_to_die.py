@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ways_to_die import ALONE, WAYS, WITH_KERNEL, Trial, try_ways
+from tests.orphans import Trial
+from tests.ways_to_die import ALONE, WAYS, WITH_KERNEL, try_ways
 
 NUM_AT_ONCE = 3  # most of a trial is waiting
 

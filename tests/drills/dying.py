@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 from tests.drills.outcome import Outcome
-from tests.ways_to_die import LEFT_S, try_ways
+from tests.orphans import LEFT_S
+from tests.ways_to_die import try_ways
 
 
 def run_drill(trials: int, seed: int, way: str) -> Outcome:
