@@ -1,4 +1,4 @@
-"""The stop button of notebook 03, clicked by a real browser: JupyterLab on the loopback, headless Chromium.
+"""JupyterLab on the loopback and a headless Chromium that looks at it.
 
 Needs node, chromium and the npm package playwright-core (in the folder that BIOKIT_NODE_MODULES names).
 BIOKIT_SCREENSHOTS names the folder for the screenshots and for what the browser saw.
@@ -18,24 +18,22 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import papermill
-import pytest
-
-from biokit.runs import RunFolder
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 START_TIMEOUT_S = 120.0
-NOTEBOOK = REPOSITORY / "notebooks" / "03_debug_one_device.ipynb"
+BROWSER_TIMEOUT_S = 400.0
 SETTINGS = {  # every cell is in the page, wherever it is scrolled to; and no question about news in the picture
     "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
 
 
-def _missing() -> str:
-    """What this machine lacks for the test; empty where nothing."""
+def list_missing() -> str:
+    """What this machine lacks for a browser test; empty where nothing."""
     playwright = Path(os.environ.get("BIOKIT_NODE_MODULES", HERE / "node_modules")) / "playwright-core"
     needs = {
         "node": shutil.which("node"),
@@ -43,6 +41,27 @@ def _missing() -> str:
         "playwright-core (BIOKIT_NODE_MODULES)": playwright.is_dir(),
     }
     return ", ".join(name for name, found in needs.items() if not found)
+
+
+def look(script: str, notebook: str, root: Path, **parameters: object) -> dict[str, Any]:
+    """Open a copy of a notebook, with these parameters and without outputs, and do what a browser script does.
+
+    Returns:
+        What the script saw. It stands beside its screenshots, which bear the script's name.
+    """
+    path, stem = REPOSITORY / "notebooks" / f"{notebook}.ipynb", Path(script).stem
+    papermill.execute_notebook(path, root / "live.ipynb", parameters, prepare_only=True, progress_bar=False)
+    pictures = Path(os.environ.get("BIOKIT_SCREENSHOTS", root))
+    pictures.mkdir(parents=True, exist_ok=True)
+    with _jupyterlab(root) as address:
+        command = ["node", str(HERE / script), f"{address}/lab/tree/live.ipynb?reset", str(pictures / stem)]
+        command += [str(shutil.which("chromium")), str(root / "profile")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=BROWSER_TIMEOUT_S)
+        (pictures / f"{stem}.json").write_text(done.stdout)
+        seen = json.loads(done.stdout or "{}")
+        assert done.returncode == 0, f"{seen}\n{done.stderr[-2000:]}"
+    assert seen["failed"] == [] and seen["foreign"] == []
+    return {**seen, "pictures": sorted(pictures.glob(f"{stem}_*.png"))}
 
 
 @contextlib.contextmanager
@@ -69,7 +88,7 @@ def _jupyterlab(root: Path) -> Iterator[str]:
         _wait_for(f"http://127.0.0.1:{port}/api/status", server, root / "jupyter.log")
         yield f"http://127.0.0.1:{port}"
     finally:
-        server.send_signal(signal.SIGTERM)  # it shuts its kernels down, whose training ends with them
+        server.send_signal(signal.SIGTERM)  # it shuts its kernels down, whose trainings end with them
         try:
             server.wait(20)
         except subprocess.TimeoutExpired:
@@ -86,30 +105,3 @@ def _wait_for(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
         except OSError:
             assert server.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
             time.sleep(0.5)
-
-
-@pytest.mark.full
-@pytest.mark.skipif(bool(_missing()), reason=f"no browser test: missing {_missing()}")
-def test_the_stop_button_stops_the_training(tmp_path: Path) -> None:
-    papermill.execute_notebook(
-        NOTEBOOK,
-        tmp_path / "live.ipynb",
-        parameters={"run_dir": "run", "press_stop": False, "overfit_steps": 120},
-        prepare_only=True,
-        progress_bar=False,
-    )
-    run = RunFolder(tmp_path / "run")
-    pictures = Path(os.environ.get("BIOKIT_SCREENSHOTS", tmp_path))
-    pictures.mkdir(parents=True, exist_ok=True)
-    with _jupyterlab(tmp_path) as address:
-        command = ["node", str(HERE / "stop_button.mjs"), f"{address}/lab/tree/live.ipynb?reset"]
-        command += [str(pictures / "stop_button"), str(shutil.which("chromium")), str(tmp_path / "profile")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-        (pictures / "stop_button.json").write_text(done.stdout)
-        seen = json.loads(done.stdout or "{}")
-        assert done.returncode == 0, f"{seen}\n{done.stderr[-2000:]}"
-        manifest = run.read_manifest()
-    assert manifest["status"] == "stopped" and 0 < manifest["step"] < manifest["train_iters"]
-    assert seen["before"].startswith("running") and seen["pressed"] and seen["width"] > 500
-    assert seen["failed"] == [] and seen["foreign"] == []
-    assert all((pictures / f"stop_button_{state}.png").stat().st_size > 10_000 for state in ("running", "stopped"))

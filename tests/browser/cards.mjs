@@ -1,0 +1,33 @@
+// Runs notebook 04 to its end and looks at its cards and its dashboard, first while the run goes on, then at the end.
+import { CELL_TIMEOUT_MS, lookAtRun, waitUntil } from "./browser.mjs";
+
+await lookAtRun(async (page, shoot) => {
+  const outputOf = (source) => page.locator(".jp-CodeCell", { hasText: source }).locator(".jp-Cell-outputArea");
+  const cards = {
+    finished: outputOf("first = start_training"),
+    failed: outputOf("os.kill(os.getpid(), signal.SIGKILL)"),
+    hung: outputOf("time.sleep(600)"),
+    resumed: page.locator(".jp-CodeCell", { hasText: /^\s*\[.*\]:\s*resumed\s*/ }).locator(".jp-Cell-outputArea"),
+  };
+  const panel = outputOf("start_training(longer, 2, timeout_s=timeout_s).dashboard()");
+  const button = panel.locator("button.biokit-stop");
+  await button.waitFor({ state: "visible", timeout: CELL_TIMEOUT_MS });
+  const image = panel.locator("img");
+  await waitUntil(page, async () => (await image.count()) > 0, CELL_TIMEOUT_MS, async () => "no picture in the dashboard");
+  const live = { label: await panel.locator(".widget-label").first().textContent() };
+  await shoot(button, "dashboard_live");
+
+  const prompts = page.locator(".jp-CodeCell .jp-InputArea-prompt");
+  const open = async () => (await prompts.allTextContents()).filter((text) => !/\[\d+\]/.test(text));
+  await waitUntil(page, async () => (await open()).length === 0, CELL_TIMEOUT_MS, async () => `not run: ${await open()}`);
+  await page.waitForTimeout(3000);
+  const texts = {};
+  for (const [name, card] of Object.entries(cards)) {
+    texts[name] = await card.innerText();
+    await shoot(card, name);
+  }
+  await shoot(panel, "dashboard");
+  await shoot(outputOf("show_plan(plans)"), "plan");
+  const widths = await page.locator(".jp-OutputArea img").evaluateAll((images) => images.map((one) => one.naturalWidth));
+  return { live, texts, widths, panel: await panel.innerText() };
+});
