@@ -12,6 +12,7 @@ from typing import Any
 from biokit import __version__
 from biokit.errors import BiokitError, ConfigError
 from biokit.launch.commands import launch
+from biokit.launch.commands.parameters import add_parameters, join_parameters, read_parameters
 from biokit.view import plan_command
 
 EXIT_USER_ERROR = 2
@@ -63,6 +64,8 @@ def _leave_error(error: Exception) -> None:
 def _plain_words(words: list[str]) -> list[str]:
     """The command line with flags for the configuration written as key=value, behind its name."""
     command, *rest = words or [""]
+    if command in ("notebook", "submit"):
+        return [command, *join_parameters(rest)]
     if command not in OWN_FLAGS or {"-h", "--help"} & set(rest):
         return [command, "--help"] if command in OWN_FLAGS else words
     from biokit.flags import read_flags
@@ -105,10 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     notebook.add_argument(
         "run_dir", type=Path, metavar="RUN_DIR", help="its run folder; the executed copy goes there too"
     )
-    notebook.add_argument(
-        "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
-        help="a value for its parameters cell, e.g. -p train_iters 300",
-    )  # fmt: skip
+    add_parameters(notebook, "a value for its parameters cell, e.g. -p train_iters 300")
     notebook.set_defaults(run=_run_notebook)
 
     from biokit.launch.commands import runs, submit
@@ -211,7 +211,8 @@ def _run_notebook(options: argparse.Namespace) -> int:
     from biokit.config import parse_override
     from biokit.launch.notebooks import run_notebook
 
-    parameters = dict(parse_override(f"{name}={value}") for name, value in options.parameters)
+    given = read_parameters(options.parameters)
+    parameters = dict(parse_override(f"{name}={value}") for name, value in given.items())
     print(run_notebook(options.notebook, options.run_dir, parameters))
     return 0
 

@@ -7,6 +7,7 @@ value fails before any work. `model.data.*` (BioNeMo) is an alias of `data.*`, `
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -200,6 +201,11 @@ def config_hash(config: RunConfig) -> str:
 def valid_keys() -> list[str]:
     """Every dotted key of `RunConfig`, in order."""
     return [key for key, _ in leaf_types(RunConfig)]
+
+
+def dotted_values(config: RunConfig) -> dict[str, Any]:
+    """Every value by its dotted key."""
+    return {key: functools.reduce(getattr, key.split("."), config) for key in valid_keys()}
 
 
 def packaged_configs() -> list[str]:

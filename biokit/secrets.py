@@ -27,7 +27,8 @@ MAX_HELD = 65536  # characters of a line without an end
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _ANYWHERE = ("SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "APIKEY", "PRIVATEKEY", "ACCESSKEY")
-_WORDS = re.compile("TOKEN|AUTH|AUTHORIZATION|BEARER|COOKIE|JWT|PASS|PWD|DSN")
+_WORDS = re.compile("TOKEN|AUTH|AUTHORIZATION|BEARER|COOKIE|JWT|(SSH|PG|DB|MYSQL|FTP|SMTP|ROOT|USER)?PASS|PWD|DSN")
+_OF_SERVICES = re.compile("API|ACCESS|AUTH|REFRESH|SECRET|BEARER|HF|GITHUB|GH|GITLAB|SLACK|WANDB")  # TOKENS of theirs
 # what a vocabulary calls its tokens, and what is told about a secret without telling it
 _OF_VOCABULARIES = re.compile("PAD|MASK|BOS|EOS|CLS|SEP|UNK|SPECIAL|START|STOP|END|NEXT|PER")
 _ABOUT = re.compile(
@@ -55,6 +56,8 @@ def looks_secret(name: str) -> bool:
         return True
     if words[-1] == "KEY" or (words[-1] != "TOKEN" and words[-1].endswith("TOKEN")):  # GHTOKEN
         return True
+    if len(words) > 1 and (words[-1] == "PAT" or (words[-1] == "TOKENS" and _OF_SERVICES.fullmatch(words[-2]))):
+        return True
     around = zip(["", *words], words, [*words[1:], ""], strict=False)
     return any(
         _WORDS.fullmatch(word)
@@ -81,18 +84,32 @@ def mask_values(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def secret_values(values: Mapping[str, Any]) -> set[str]:
-    """The values whose names look secret, as texts, for `mask`."""
+    """The values whose names look secret, and passwords inside URLs, as texts, for `mask`."""
     found = set()
     for name, value in values.items():
         if isinstance(value, Mapping):
             found |= secret_values(value)
-        elif looks_secret(str(name)) and _is_told(value):
-            found.add(str(value))
+            continue
+        for part in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(part, Mapping):
+                found |= secret_values(part)
+            elif looks_secret(str(name)) and _is_told(part):
+                found.add(str(part))
+            elif isinstance(part, str):
+                found.update(_URL_PASSWORD.findall(part))
     return found
 
 
+def is_secret_text(name: str, value: Any) -> bool:
+    """Whether a value is a text, or a list that holds one, which its name says is secret."""
+    texts = value if isinstance(value, (list, tuple)) else [value]
+    return looks_secret(name) and any(isinstance(text, str) and _is_told(text) for text in texts)
+
+
 def mask_words(words: Sequence[str]) -> list[str]:
-    """A command line, masked: X in `--api-key X`, `--token=X`, `hf_token=X`, `-p hf_token X`, and known secrets."""
+    """A command line, masked: X in `--api-key X`, `--token=X`, `hf_token=X`, `-p hf_token X`, `'{"hf_token": "X"}'` and
+    `https://user:X@host`; and the secrets of the environment.
+    """
     masked: list[str] = []
     for i, word in enumerate(words):
         before = words[i - 1] if i else ""
@@ -104,7 +121,7 @@ def mask_words(words: Sequence[str]) -> list[str]:
         elif equals and looks_secret(name) and _is_told(value):
             masked.append(f"{name}={MASK}")
         else:
-            masked.append(mask(word))
+            masked.append(mask(word, secret_values({"": word}) | _secrets_of_json(value or word)))
     return masked
 
 
@@ -218,6 +235,17 @@ def _is_path(value: str) -> bool:
     """An absolute path whose first folder is there (a key in base64 may begin with a slash too)."""
     parts = Path(value).expanduser().parts
     return value.startswith(("/", "~")) and len(parts) > 1 and Path(*parts[:2]).exists() and "\n" not in value
+
+
+def _secrets_of_json(text: str) -> set[str]:
+    """The secrets in a text that is a JSON object."""
+    if not text.startswith("{"):
+        return set()
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return set()
+    return secret_values(found) if isinstance(found, Mapping) else set()
 
 
 def _is_told(value: Any) -> bool:

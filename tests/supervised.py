@@ -27,14 +27,17 @@ from biokit.launch.supervision.supervisor import Limits, supervise
 from biokit.runs import RunFolder
 
 folder = RunFolder(sys.argv[1])
-sys.exit(supervise(folder, read_order(folder), owner=int(sys.argv[2]), limits=Limits(**eval(sys.argv[3]))))
+limits, in_terminal = Limits(**eval(sys.argv[3])), sys.argv[4] == "True"
+sys.exit(supervise(folder, read_order(folder), owner=int(sys.argv[2]), limits=limits, in_terminal=in_terminal))
 """
 
 
 class Supervised:
     """A run under a supervisor that this process started."""
 
-    def __init__(self, path: Path, order: Order, limits: Limits = SHORT, **variables: str) -> None:
+    def __init__(
+        self, path: Path, order: Order, limits: Limits = SHORT, in_terminal: bool = False, **variables: str
+    ) -> None:
         self.folder = RunFolder(path)
         self.folder.create()
         write_order(self.folder, order)
@@ -44,7 +47,7 @@ class Supervised:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **state_home, **variables, name: value}
         with (self.folder.logs / "supervisor.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", BODY, str(path), str(os.getpid()), repr(asdict(limits))],
+                [sys.executable, "-c", BODY, str(path), str(os.getpid()), repr(asdict(limits)), str(in_terminal)],
                 env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 

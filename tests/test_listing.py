@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from biokit.launch.commands.runs import add_parser
 from biokit.launch.facts import asked_file
 from biokit.launch.listing import diff_runs, find_run, find_runs, list_runs
 from biokit.launch.orders import SLURM, Order, write_order
-from biokit.launch.register import register_run
+from biokit.launch.register import list_registered, register_run
 from biokit.launch.run import Run
 from biokit.launch.slurm import job_status, jobs
 from biokit.launch.slurm.jobs import Job, write_job
@@ -351,3 +352,13 @@ def test_a_stop_takes_a_time(home: Path, timeout: str) -> None:
 def test_a_dot_in_a_message_stays(home: Path) -> None:
     with pytest.raises(RunError, match=r"run \.: it holds no run"):
         Run.attach(".")
+
+
+def test_notes_of_other_hosts_are_kept(home: Path) -> None:
+    """Their disks need not be seen here."""
+    register = home.parent / "state" / "biokit" / "runs"
+    register.mkdir(parents=True, exist_ok=True)
+    for name, host in (("a", "node7"), ("b", socket.gethostname())):
+        (register / f"{name}.json").write_text(json.dumps({"path": "/scratch/nowhere", "host": host, "pid": 1}))
+    list_registered()
+    assert (register / "a.json").exists() and not (register / "b.json").exists()

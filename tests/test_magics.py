@@ -6,6 +6,7 @@ import atexit
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
 from biokit import load_ipython_extension
+from biokit.config import config_to_yaml
 from biokit.errors import RunError
 from biokit.launch.magics import torchrun_magics
 from biokit.launch.magics.cell_program import run_cell, write_cell
@@ -29,6 +31,7 @@ from biokit.launch.run import Run
 from biokit.launch.values import read_values
 from biokit.runs import RunFolder
 from tests.kernel import Kernel, count_copies, list_processes, open_kernel, wait_until, write_notebook
+from tests.small_run import small_config
 
 ODD = "a b\"c'; touch X # $(touch Y) `touch Z` {x} $x \n end"
 TOKEN = "hf_QwErTy123456"
@@ -167,12 +170,37 @@ def test_help_and_completion(shell: InteractiveShell, capsys: pytest.CaptureFixt
             "%torchrun --nproc-p": ["--nproc-per-node"],
             "%%torchrun --standalone --o": ["--out"],
             "%%torchrun --nproc-per-node 2 --rdzv-e": ["--rdzv-endpoint"],
+            "%torchrun --rdzv_e": ["--rdzv_endpoint"],
+            "%%ranks --ti": ["--timeout"],
+            "%ranks --re": ["--restart"],
+            "%submit --no": ["--no-follow", "--nodes"],
+            "%check_parallel --s": ["--steps"],
+            "%matplotlib --t": [],
             "x = 1 --o": [],
         }.items():
             found = [c.text for c in shell.Completer.completions(line, len(line)) if c.text.startswith("--")]
             assert found == expected, line
         shell.user_ns["--never"] = 1
         assert any(c.text == "torch" for c in shell.Completer.completions("import torc", 11))
+
+
+@pytest.mark.parametrize("cell", ['x = """\n%d items\n!\n"""', "x = (7\n% 4)", "vars()['x'] = 3"])
+def test_cells_that_only_look_wrong(shell: InteractiveShell, started: list[Any], cell: str) -> None:
+    shell.run_cell_magic("torchrun", "--bg --out x", cell)
+    assert started.pop()[1].kind == "cell"
+
+
+def test_values_are_never_flags(shell: InteractiveShell, started: list[Any]) -> None:
+    shell.user_ns |= {"flag": "--detach", "name": "--dry-run", "number": -1e-3}
+    Path("s.py").touch()
+    for line in ("{flag} s.py", "$flag s.py", "--rdzv-id {name} s.py", "--nproc-per-node 1 {number} s.py"):
+        with pytest.raises(UsageError, match="would be read as a flag"):
+            shell.run_line_magic("torchrun", line)
+    assert not started
+    shell.run_line_magic("torchrun", "--bg --rdzv-id={name} --rdzv-endpoint localhost:0 s.py {flag} {number}")
+    assert started.pop()[1].program == ("s.py", "--detach", "-0.001")
+    with pytest.raises(UsageError, match="would be read as a flag"):
+        shell.run_cell_magic("ranks", "{flag}", "1")
 
 
 def test_hidden_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,6 +344,27 @@ def test_an_interrupt_ends_all_ranks(kernel: Kernel) -> None:
     assert time.monotonic() - sent[0] < 10
     assert list_processes(folder_of(kernel)) == []
     assert kernel.value("1 + 1") == "2"
+
+
+@pytest.mark.full
+def test_an_interrupt_lets_a_training_save(kernel: Kernel) -> None:
+    """Of `%torchrun -m biokit train`, too."""
+    folder = folder_of(kernel)
+    (folder / "small.yaml").write_text(config_to_yaml(small_config(folder, train_iters=100_000)))
+    run, sent = RunFolder(folder / "run"), list[float]()
+
+    def interrupt() -> None:
+        wait_until(lambda: len(run.read_metrics()) > 3)
+        sent.append(time.monotonic())
+        kernel.manager.interrupt_kernel()
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    output = kernel.run("%torchrun -m biokit train small.yaml")
+    thread.join()
+    assert sent and output.error["ename"] == "KeyboardInterrupt" and "stopping at the next step" in output.text
+    assert run.read_manifest()["status"] == "stopped" and run.checkpoint_steps()
+    assert list_processes(folder) == []
 
 
 @pytest.mark.full

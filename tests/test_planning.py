@@ -1,6 +1,7 @@
 """Plans on paper: what is rehearsed, how layouts are ranked, what is refused. Nothing is started."""
 
 import argparse
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -225,7 +226,7 @@ def test_the_report_says_what_is_best_and_what_was_assumed():
         "Best: ",
         "The next, ",
         "Run it with: strategy=",
-        "Messages of its fullest rank in a step: ",
+        "Messages of the fullest rank in a step (count: MB in all); bubble (1F1B)",
         "989.4 TFLOP/s in bf16",
         "50% of the rate in matrix products",
         "4 GiB a GPU are left",
@@ -272,8 +273,11 @@ def test_impossible_numbers_are_refused(options, message):
 def test_devices_that_are_not_in_the_table_are_named():
     with pytest.raises(ConfigError, match=r"device b9000: .*Valid: v100, a100, h100, h200, cpu"):
         find_device("b9000")
-    with pytest.raises(ConfigError, match="below 0"):
+    with pytest.raises(ConfigError, match="it is no size"):
         adjust_device(H100, link_gb_s=-1.0)
+    for keys in ({"vocab_size": -3}, {"memory_gib": math.nan}, {"reserve_gib": math.nan}, {"memory_gib": -1.0}):
+        with pytest.raises(ConfigError, match=r"below 0|no size"):
+            plan_run(load_config("molbart_mini"), 2, H100, **keys)
     own = adjust_device(DEVICES["a100"], tflops=400.0)
     assert (
         own.tflops == {"fp32": 400.0, "fp16": 400.0, "bf16": 400.0} and own.memory_gb_s == DEVICES["a100"].memory_gb_s

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from biokit.launch.supervision.rank import note_start
 from biokit.runs import LifeFolder
 
 PROGRAMS = {
@@ -134,11 +135,11 @@ def test_secrets_are_masked(tmp_path: Path) -> None:
     script = tmp_path / "telling.py"
     script.write_text("import os\nprint('it is', os.environ['SOME_TOKEN'])\nraise ValueError(os.environ['SOME_TOKEN'])")
     run_rank(life, str(life.path), str(script), cwd=tmp_path, SOME_TOKEN="hf_abcdefgh123")
+    texts = [path.read_text() for path in (life.output_file(0), life.error_file(0))]
+    assert all("hf_abcdefgh123" not in text and "***" in text for text in texts)
     script.write_text("print('a line that may begin with a secret: hf_a', end='')")
     run_rank(life, str(life.path), str(script), cwd=tmp_path, SOME_TOKEN="hf_abcdefgh123")
     assert life.output_file(0).read_text().endswith("a secret: hf_a")
-    for path in (life.output_file(0), life.error_file(0)):
-        assert "hf_abcdefgh123" not in path.read_text() and "***" in path.read_text()
 
 
 def test_a_fatal_signal_leaves_a_stack(tmp_path: Path) -> None:
@@ -162,3 +163,14 @@ def test_an_error_that_the_program_catches_itself(tmp_path: Path, own: bool) -> 
     script.write_text((catching if own else child) + "sys.exit(2)")
     assert run_rank(life, str(life.path), str(script), cwd=tmp_path).returncode == 2
     assert json.loads(life.error_file(0).read_text())["kind"] == ("ConfigError" if own else "SystemExit")
+
+
+def test_errors_of_ranks_that_are_gone_are_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun went on with fewer ranks, under new numbers."""
+    life = LifeFolder(tmp_path)
+    life.create()
+    for rank in range(4):
+        life.error_file(rank).write_text("{}")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    note_start(life, 1)
+    assert [rank for rank in range(4) if life.error_file(rank).exists()] == [0]

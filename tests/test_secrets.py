@@ -27,12 +27,12 @@ TOKEN = "hf_QwErTy123456"
 SECRET = [
     "HF_TOKEN", "hf_token", "WANDB_API_KEY", "apiKey", "accessToken", "AWS_SECRET_ACCESS_KEY", "GHTOKEN", "MYSQL_PWD",
     "PGPASSWORD", "DB_PASS", "BASIC_AUTH", "credentials", "passwd", "--api-key", "wandb.api_key", "HF_TOKEN_2",
-    "TOKEN_GITHUB", "clientSecret", "SSH_KEY", "BIOKIT_WITH_hf_token",
+    "TOKEN_GITHUB", "clientSecret", "SSH_KEY", "BIOKIT_WITH_hf_token", "GITHUB_PAT", "gh_pat", "SSHPASS", "api_tokens",
 ]  # fmt: skip
 PLAIN = [
     "PYTHONHASHSEED", "PWD", "OLDPWD", "pad_token", "bos_token_id", "mask_token", "TOKENIZERS_PARALLELISM",
     "num_tokens", "tokens_per_s", "tokenizer", "GIT_AUTHOR_NAME", "SSH_AUTH_SOCK", "KEYBOARD_LAYOUT", "token_accuracy",
-    "KEY_FILE", "keys", "bypass", "AUTH_METHOD", "lr", "",
+    "KEY_FILE", "keys", "bypass", "AUTH_METHOD", "lr", "", "pat", "PATIENCE", "max_tokens", "train_tokens",
 ]  # fmt: skip
 
 
@@ -72,6 +72,24 @@ def test_a_key_in_base64_that_begins_like_a_path_is_a_secret(monkeypatch: pytest
 def test_passwords_in_urls_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "http://anna:pa55-w0rd@proxy:3128")
     assert mask("http://anna:pa55-w0rd@proxy:3128") == f"http://anna:{MASK}@proxy:3128"
+
+
+def test_words_that_hold_more_than_a_value_are_masked() -> None:
+    conf = '{"hub": {"hf_token": "hf_0123456"}, "keys": [{"api_key": "k-98765"}], "lr": 1}'
+    words = [
+        "train.py",
+        "--conf",
+        conf,
+        f"--conf={conf}",
+        "--url",
+        "https://anna:pa55word@host/x",
+        "db=pg://u:s3cr3t@h",
+    ]
+    masked = conf.replace("hf_0123456", MASK).replace("k-98765", MASK)
+    assert mask_words(words) == [
+        "train.py", "--conf", masked, f"--conf={masked}", "--url", f"https://anna:{MASK}@host/x", f"db=pg://u:{MASK}@h"
+    ]  # fmt: skip
+    assert mask_values({"url": "https://anna:pa55word@host"}) == {"url": f"https://anna:{MASK}@host"}
 
 
 def test_every_spelling_is_found() -> None:

@@ -13,6 +13,7 @@ import pytest
 from biokit.errors import RunError
 from biokit.launch.orders import SLURM, Order, read_order, write_order
 from biokit.launch.run import Run
+from biokit.launch.slurm.jobs import Job, write_job
 from biokit.launch.started import check_free
 from biokit.launch.status import read_status
 from biokit.runs import RunFolder
@@ -67,6 +68,8 @@ def test_a_run_whose_supervisor_has_not_spoken(folder: RunFolder) -> None:
     assert read_status(folder) == "lost"
     write_order(folder, Order("train", ("x.py",), placement=SLURM))
     os.utime(folder.launch_file, (1.0, 1.0))
+    assert read_status(folder) == "lost"  # nobody has submitted it
+    write_job(folder, Job("train", "x", job_id="12", submitted=time.time()))
     assert read_status(folder) == "queued"
 
 

@@ -17,9 +17,11 @@ from traitlets.config import Config
 from biokit.__main__ import main
 from biokit.config import config_to_yaml, load_config
 from biokit.errors import BiokitError, ConfigError, DataError
+from biokit.launch.commands.parameters import join_parameters
 from biokit.launch.commands.submit import add_arguments, prepare
 from biokit.launch.magics.slurm_magics import SubmitMagics
 from biokit.launch.orders import read_order
+from biokit.launch.run import Run
 from biokit.launch.slurm import following
 from biokit.launch.slurm.jobs import read_job, submit_script
 from biokit.launch.slurm.submission import Submission
@@ -57,7 +59,7 @@ def prepared(*words: object) -> Submission:
     """What the words stand for."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    return prepare(parser.parse_args(list(map(str, words))))
+    return prepare(parser.parse_args(join_parameters(list(map(str, words)))))
 
 
 @pytest.mark.parametrize(
@@ -103,6 +105,55 @@ def test_a_training_is_written_and_sent(fake: FakeSlurm, tmp_path: Path) -> None
     fake.answer(squeue=(0, "12|COMPLETED||None\n", ""), sbatch=(0, "13\n", ""))
     made.write()
     assert made.send() == "13"
+
+
+def test_an_array_is_not_written_over_while_a_task_waits(fake: FakeSlurm, notebook: Path, tmp_path: Path) -> None:
+    made = prepared(notebook, "-p", "lr", "1e-4,3e-4")
+    made.write()
+    made.send()
+    text = Path(made.members[0].job.program).read_text()
+    notebook.write_text(notebook.read_text().replace("note", "changed"))
+    fake.answer(squeue=(0, "12_0|COMPLETED||None\n12_1|PENDING||Priority\n", ""))
+    for words in ([notebook], [notebook, "-p", "lr", "1,2,3"]):
+        with pytest.raises(BiokitError, match="job 12_1 is there, pending"):
+            prepared(*words).write()
+    assert Path(made.members[0].job.program).read_text() == text
+    fake.answer(squeue=(0, "12_0|COMPLETED||None\n12_1|COMPLETED||None\n", ""))
+    prepared(notebook).write()
+
+
+def test_an_array_does_not_take_the_folder_of_a_job_that_waits(fake: FakeSlurm, tmp_path: Path) -> None:
+    made = prepared("small.yaml")
+    made.write()
+    made.send()
+    fake.answer(squeue=(0, "12|PENDING||Priority\n", ""))
+    with pytest.raises(BiokitError, match="job 12 is there, pending"):
+        prepared("small.yaml", "train.lr=1e-4,3e-4").write()
+
+
+def test_a_job_that_slurm_does_not_take_has_failed(fake: FakeSlurm) -> None:
+    made = prepared("small.yaml")
+    made.write()
+    fake.answer(sbatch=(1, "", "sbatch: error: invalid partition\n"))
+    with pytest.raises(BiokitError, match="invalid partition"):
+        made.send()
+    run = Run.attach(made.root)
+    assert (run.status, run.ended, run.stop()) == ("failed", True, "failed")
+    fake.answer(sbatch=(0, "13\n", ""), squeue=(0, "13|PENDING||Priority\n", ""))
+    made.write()
+    made.send()
+    assert run.status == "queued"
+
+
+def test_values_that_begin_with_a_hyphen(fake: FakeSlurm, notebook: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepared(notebook, "-p", "lr", "-1e-3").members[0].job.parameters == {"lr": -1e-3}
+    assert prepared(notebook, "-p", "note", "-p", "-p", "lr", "--nodes").members[0].job.parameters == {
+        "note": "-p", "lr": "--nodes"
+    }  # fmt: skip
+    assert main(["submit", str(notebook), "-p", "lr", "-1e-3", "--dry-run"]) == 0
+    with pytest.raises(SystemExit):
+        main(["submit", str(notebook), "-p", "lr"])
+    assert "give a name and a value: -p NAME VALUE" in capsys.readouterr().err
 
 
 def test_an_array_has_a_folder_for_each(fake: FakeSlurm, tmp_path: Path) -> None:
@@ -165,6 +216,7 @@ def test_secrets_stay_out(fake: FakeSlurm, notebook: Path, tmp_path: Path, monke
         (["small.yaml", "--nodes", "2"], "Single"),
         (["small.yaml", "--time", "soon"], "not a time limit"),
         (["small.yaml", "--site", "nope.yaml"], "site file nope.yaml"),
+        (["n b.ipynb", "-p", "note", "https://anna:pa55word@host"], "looks like a secret"),
         (["small.yaml", "--run-dir", "small.yaml"], "run folder .*small.yaml: it is a file"),
         (["small.yaml", "--run-dir", "small.yaml/x"], "Not a directory"),
         (["n b.ipynb", "--run-dir", "r" * 300], "File name too long"),
@@ -219,6 +271,11 @@ def test_the_magic(fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     magics = SubmitMagics(shell)
     assert magics.submit("small.yaml --job-name {odd} --dry-run") is None
     assert """--job-name='it'"'"'s; $(touch PWNED)'""" in capsys.readouterr().out
+    shell.user_ns |= {"flag": "--no-follow", "low": -1e-3}
+    with pytest.raises(UsageError, match=r"train\.lr is -0\.001\. Valid: 0 or more"):
+        magics.submit("small.yaml -p train.lr {low} --dry-run")
+    with pytest.raises(UsageError, match="would be read as a flag"):
+        magics.submit("small.yaml {flag}")
     assert magics.submit("--help") is None and "NOTEBOOK|CONFIG" in capsys.readouterr().out
     for line in ("--bogus", "small.yaml --nodes none", "nope.yaml"):
         with pytest.raises(UsageError):

@@ -209,13 +209,15 @@ def test_a_stopped_rank_ends_the_life(start: Start) -> None:
     assert hang is not None and [stack.state for stack in hang.ranks] == ["elsewhere", "stopped"]
 
 
-def test_sigterm_lets_a_training_save(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "in_terminal"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_signals_let_a_training_save(tmp_path: Path, number: signal.Signals, in_terminal: bool) -> None:
     config = small_config(tmp_path, train_iters=100_000)
     path = tmp_path / "config.yaml"
     path.write_text(config_to_yaml(config))
-    run = Supervised(Path(config.run_dir), Order("train", ("-m", "biokit", "train", str(path)), max_lives=3))
+    order = Order("train", ("-m", "biokit", "train", str(path)), max_lives=3)
+    run = Supervised(Path(config.run_dir), order, in_terminal=in_terminal)
     run.wait_until(lambda: len(run.folder.read_metrics()) > 3)
-    run.process.terminate()
+    run.process.send_signal(number)
     assert run.wait(30) == 0
     manifest = run.folder.read_manifest()
     assert (manifest["status"], run.state.outcome, run.folder.last_life()) == ("stopped", "stopped", 1)
@@ -281,3 +283,31 @@ def test_runs_that_are_gone_leave_the_register(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "one").rmdir()
     assert list_registered() == [tmp_path / "two"]
     assert len(list((tmp_path / "state").rglob("*.json"))) == 1
+
+
+def test_a_second_ctrl_c_ends_a_training_at_once(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import signal, time\nsignal.signal(15, signal.SIG_IGN)\nprint('up', flush=True)\ntime.sleep(600)"
+    )
+    run = Supervised(tmp_path / "run", Order("train", (str(script),)), in_terminal=True)
+    run.wait_until(lambda: "up" in run.output())
+    run.process.send_signal(signal.SIGINT)
+    run.wait_until(run.folder.stop_requested, 5)
+    run.process.send_signal(signal.SIGINT)
+    assert run.wait(10) == 130
+    assert (run.state.outcome, run.left()) == ("interrupted", [])
+
+
+def test_a_training_under_torchrun_has_time_to_save(tmp_path: Path) -> None:
+    """Of `%torchrun -m biokit train`: other programs have `grace_s`, which is none here."""
+    config = small_config(tmp_path, train_iters=100_000)
+    path = tmp_path / "config.yaml"
+    path.write_text(config_to_yaml(config))
+    order = Order("script", ("-m", "biokit", "train", str(path)))
+    run = Supervised(tmp_path / "torchrun", order, replace(SHORT, grace_s=0.0))
+    training = RunFolder(config.run_dir)
+    run.wait_until(lambda: len(training.read_metrics()) > 3)
+    run.process.terminate()
+    assert run.wait(30) == 0 and run.state.outcome == "stopped"
+    assert training.read_manifest()["status"] == "stopped" and training.checkpoint_steps()

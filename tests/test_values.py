@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import re
 import tempfile
 from collections import Counter, OrderedDict
 from pathlib import Path
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from biokit.errors import DataError
-from biokit.launch.values import read_values, write_values
+from biokit.launch.values import check_values, read_values, write_values
 
 TORCH_TYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32,
@@ -208,6 +209,22 @@ def test_hostile_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         read_values(path)
     assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "place"),
+    [
+        ({"hf_token": "hf_abcdef123456"}, 'cfg["hf_token"]'),
+        ({"hub": [{"api_key": "k-123456"}]}, 'cfg["hub"][0]["api_key"]'),
+        ({"api_keys": 3, "auth": ("basic", "pa55word")}, 'cfg["auth"]'),
+    ],
+)
+def test_secrets_inside_of_values_are_found_by_name(value: Any, place: str) -> None:
+    with pytest.raises(DataError, match=re.escape(f"--with cfg: {place} holds a secret")):
+        check_values({"cfg": value}, "--with")
+    check_values({"cfg": {"attention.key": [1.0], "pad_token": "<PAD>", "num_tokens": 7}})
+    with pytest.raises(DataError, match="--with hf_token: hf_token holds a secret"):
+        check_values({"hf_token": ["hf_abcdef123456"]}, "--with")
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"a": [s]}, lambda s: {f"<{s}>": 1}, np.array, np.bytes_])

@@ -28,6 +28,7 @@ class StandIn:
     files: LifeFolder
     is_training: bool = False
     is_alone: bool = True
+    is_elastic: bool = False
     codes: list[int | None] = field(default_factory=lambda: [None])
 
     def poll(self) -> list[int | None]:
@@ -112,6 +113,17 @@ def test_an_agent_that_does_not_look(life: StandIn, ranks: list[subprocess.Popen
     watch(dog, 0.1)
     ranks[0].kill()  # and nobody waits for it: a zombie
     assert watch(dog, 5) == "rank 0 has ended, but its agent does not notice"
+
+
+def test_torchruns_own_restarts_are_its_own_affair(life: StandIn, ranks: list[subprocess.Popen[bytes]]) -> None:
+    life.is_training = life.is_elastic = True
+    life.files.error_file(1).write_text("{}")
+    ranks[1].kill()
+    ranks[1].wait()
+    dog = Watchdog(life, 0.1)
+    assert watch(dog, 0.5) == ""
+    ranks[0].send_signal(signal.SIGSTOP)
+    assert watch(dog, 5) == "rank 0 is stopped (SIGSTOP)"
 
 
 def test_an_agent_that_outlives_an_error(life: StandIn, ranks: list[subprocess.Popen[bytes]]) -> None:

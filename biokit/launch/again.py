@@ -12,12 +12,10 @@ from biokit.config import config_hash, config_to_yaml, load_config
 from biokit.errors import RunError
 from biokit.flags import read_flags
 from biokit.launch.facts import asked_file
-from biokit.launch.orders import GIVEN, HERE, Order, read_order
+from biokit.launch.orders import GIVEN, HERE, TRAIN, Order, read_order
 from biokit.launch.run import Run, start_run
 from biokit.runs import RunFolder, write_atomically
 from biokit.secrets import MASK
-
-TRAIN = ("-m", "biokit", "train")
 
 
 def start_again(run: Run, run_dir: str | Path = "", overrides: Sequence[str] = (), *, detach: bool = False) -> Run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.metadata
 import math
@@ -16,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from biokit.errors import RunError
+from biokit.errors import BiokitError, RunError
 from biokit.launch.orders import Order, read_order
 from biokit.launch.slurm.job_status import find_job
 from biokit.launch.states import SupervisorState, read_state
@@ -81,7 +80,8 @@ def describe_run(folder: RunFolder, status: str = "") -> dict[str, Any]:
     """The facts of a run's card: what was asked, from which state of what, and where it stands.
 
     Entries that are not known are left out: `run, status, kind, life, last_life, step, num_steps, loss, started, ended,
-    host, slurm_job, layout, num_parameters, config_hash, data_hash, git, python, versions, line`.
+    host, slurm_job, layout, num_parameters, config_hash, settings, data_hash, git, python, versions, line`; `settings`
+    are those keys of the configuration that differ from the defaults.
     """
     order, said = _order_of(folder), read_state(folder) or SupervisorState(max_lives=0)
     manifest = read_manifest(folder)
@@ -103,6 +103,7 @@ def describe_run(folder: RunFolder, status: str = "") -> dict[str, Any]:
         "layout": manifest.get("layout") or facts.get("layout"),
         "num_parameters": manifest.get("num_parameters"),
         "config_hash": manifest.get("config_hash") or facts.get("config_hash"),
+        "settings": _changed_settings(folder),
         "data_hash": manifest.get("data_hash"),
         "git": facts.get("git"),
         "python": facts.get("python"),
@@ -134,13 +135,23 @@ def read_manifest(folder: RunFolder) -> dict[str, Any]:
 
 def read_settings(folder: RunFolder) -> dict[str, Any]:
     """A training's configuration as dotted keys, in effect or else as asked; empty where the run has none."""
-    from biokit.config import load_config, valid_keys
+    from biokit.config import dotted_values, load_config
 
     for file in (folder.config_file, asked_file(folder)):
         if file.is_file():
-            config = load_config(file)
-            return {key: functools.reduce(getattr, key.split("."), config) for key in valid_keys()}
+            return dotted_values(load_config(file))
     return {}
+
+
+def _changed_settings(folder: RunFolder) -> dict[str, Any]:
+    """A training's configuration where it is not the default; empty where the run has none that can be read."""
+    from biokit.config import RunConfig, dotted_values
+
+    try:
+        settings, defaults = read_settings(folder), dotted_values(RunConfig())
+    except BiokitError:
+        return {}
+    return {key: value for key, value in settings.items() if key != "run_dir" and value != defaults[key]}
 
 
 def asked_file(folder: RunFolder) -> Path:

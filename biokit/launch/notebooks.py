@@ -152,6 +152,9 @@ def check_parameters(notebook: Path, values: Mapping[str, Any]) -> None:
     try:
         with _without_noise():
             known = papermill.inspect_notebook(str(notebook))
+    except ValueError as error:
+        do = "Save it once from JupyterLab, which notes its kernel" if "kernel" in str(error) else "Give a .ipynb file"
+        raise DataError(f"notebook {notebook}", f"it cannot be read ({error})", do) from error
     except Exception as error:  # nbformat, papermill and json each have their own
         raise DataError(f"notebook {notebook}", f"it cannot be read ({error})", "Give a .ipynb file") from error
     unknown = [name for name in values if name not in known]

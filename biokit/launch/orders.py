@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -16,6 +17,8 @@ from biokit.safe_files import load_object, to_number
 KINDS = ("train", "script", "cell", "ranks")
 HERE, GIVEN, SLURM, NODES = "here", "given", "slurm", "nodes"
 PLACEMENTS = (HERE, GIVEN, SLURM, NODES)
+OWN_OUTPUT = {"--redirects", "--tee", "--log-dir"}  # torchrun's flags that say where the ranks' output goes
+TRAIN = ("-m", "biokit", "train")  # how the program of a training begins
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,45 @@ class Order:
     environment: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_elastic(self) -> bool:
+        """Whether torchrun itself starts ranks again, or waits for nodes that come and go."""
+        values = dict(flag_pairs(self.torchrun))
+        return ":" in values.get("--nnodes", "") or values.get("--max-restarts", "0") != "0"
+
+    @property
+    def saves_on_sigterm(self) -> bool:
+        """Whether its program is a training of biokit, which saves a checkpoint before it ends."""
+        return self.program[:3] == TRAIN
+
     def line(self) -> str:
-        """The command line that starts the same by hand, on one node; words are quoted for a shell."""
+        """The command line that starts the same by hand; words are quoted for a shell. Of several nodes it is each
+        node's, and HOST:PORT stands for where they meet, which every life chooses anew.
+        """
         if not self.torchrun:
             return shlex.join([sys.executable, *self.program])
-        where = ["--standalone"] if self.placement == HERE and self.num_nodes == 1 else []
+        where = ["--standalone"] if self.placement == HERE else []
+        if self.num_nodes > 1:
+            where = ["--nnodes", str(self.num_nodes), "--rdzv-backend", "c10d"]
+            where += ["--rdzv-endpoint", self.endpoint or "HOST:PORT"]
         return shlex.join([sys.executable, "-m", "torch.distributed.run", *where, *self.torchrun, *self.program])
+
+
+def flag_name(word: str) -> str:
+    """A flag of torchrun as its help spells it, without a value behind `=`: it takes underscores and letters too."""
+    name = word.partition("=")[0]
+    return name.replace("_", "-") if name.startswith("--") else {"-r": "--redirects", "-t": "--tee"}.get(name, word)
+
+
+def flag_pairs(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Flags of torchrun, by `flag_name`, and what follows each, which may be the next flag."""
+    joined = [(flag_name(word), word.partition("=")[2]) for word in words if word.startswith("-") and "=" in word]
+    return joined + [(flag_name(word), value) for word, value in itertools.pairwise(words)]
+
+
+def has_own_output(order: Order) -> bool:
+    """Whether torchrun's flags say where the ranks' output goes."""
+    return not OWN_OUTPUT.isdisjoint(map(flag_name, order.torchrun))
 
 
 def write_order(folder: RunFolder, order: Order) -> None:

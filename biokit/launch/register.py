@@ -26,10 +26,11 @@ def list_registered() -> list[Path]:
     found: list[tuple[float, Path]] = []
     for note in _register().glob("*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            path = Path(load_object(note)["path"])
+            entry = load_object(note)
+            path = Path(entry["path"])
             if path.is_dir():
                 found.append((note.stat().st_mtime, path))
-            else:
+            elif entry.get("host") == socket.gethostname():  # another host's disk need not be seen here
                 note.unlink()
     return [path for _, path in sorted(found)]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import psutil
 
 from biokit.errors import ConfigError
+from biokit.launch.orders import flag_pairs
 from biokit.parallel.peers import find_own_address
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
@@ -39,9 +39,7 @@ def elastic_variables(torchrun: Sequence[str]) -> dict[str, str]:
     Args:
         torchrun: its flags.
     """
-    plain = [word.replace("_", "-") if word.startswith("--") else word for word in torchrun]
-    pairs = [tuple(word.split("=", 1)) for word in plain if "=" in word] + list(itertools.pairwise(plain))
-    ranges = any(name == "--nnodes" and ":" in value for name, value in pairs)
+    ranges = any(name == "--nnodes" and ":" in value for name, value in flag_pairs(torchrun))
     # torch 2.13: with the agents' store a node that comes later waits for ever
     return {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if ranges else {}
 

@@ -16,7 +16,7 @@ from biokit.failures import Failure, read_failure
 from biokit.launch import states
 from biokit.launch.facts import asked_file, describe_run
 from biokit.launch.failed_run import RunFailed, explain_end
-from biokit.launch.orders import SLURM, Order, read_order
+from biokit.launch.orders import SLURM, Order, has_own_output, read_order
 from biokit.launch.slurm import jobs
 from biokit.launch.slurm.job_status import cancel_job, find_job
 from biokit.launch.slurm.sweeps import task_name
@@ -81,6 +81,8 @@ class Run:
         ours = find_started(self.folder)
         gone = ours is not None and not ours.alive  # looked up before the folder, where its last word stands by then
         status = read_status(self.folder)
+        if ours is not None and ours.alive and status == "lost":  # slow to say its first word
+            return "starting"
         return "lost" if status == "starting" and gone else status
 
     @property
@@ -149,7 +151,8 @@ class Run:
         return run_card(describe_run(self.folder, self.status))
 
     def logs(self, rank: int = 0, num_lines: int | None = None, *, life: int = 0) -> str:
-        """What a rank printed: standard output and error together, in order.
+        """What a rank printed: standard output and error together, in order; where torchrun's own flags (`--tee`,
+        `--redirects`, `--log-dir`) say where that goes, what its agent printed.
 
         Args:
             num_lines: the last so many; None: all.
@@ -158,7 +161,8 @@ class Run:
         Raises:
             RunError: other ranks have printed, this one has not.
         """
-        file = self.folder.life(life or self.life).output_file(rank)
+        files = self.folder.life(life or self.life)
+        file = files.agent_log(0) if self._has_own_output() else files.output_file(rank)
         if not file.exists():
             there = sorted(int(path.stem.removeprefix("rank_")) for path in file.parent.glob("rank_*.log"))
             if there and self.ended:  # until then it may still begin
@@ -244,6 +248,11 @@ class Run:
         status = self.status
         if status in FINAL_STATES and status not in ENDED_WELL:
             raise explain_end(self.folder, status, self.kind)
+
+    def _has_own_output(self) -> bool:
+        with contextlib.suppress(RunError):
+            return has_own_output(read_order(self.folder))
+        return False
 
     def _ended_within(self, timeout_s: float, asking: bool = False) -> bool:
         end = time.monotonic() + timeout_s

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 
 from biokit.errors import RunError
-from biokit.launch.orders import SLURM, read_order
 from biokit.launch.slurm.job_status import find_job, status_of_job
+from biokit.launch.slurm.jobs import read_job
 from biokit.launch.states import (
     ENDED,
     EXIT_CODES,
@@ -100,8 +100,8 @@ def _outcome(folder: RunFolder, said: SupervisorState) -> str:
 def _status_of_order(folder: RunFolder) -> str:
     """Of a run whose supervisor has not spoken yet."""
     with contextlib.suppress(RunError):
-        if read_order(folder).placement == SLURM or find_job(folder):
-            return "queued"
+        if (job := read_job(folder)) is not None and (job.job_id or job.outcome):
+            return "queued" if job.job_id else job.outcome
     return "starting" if time.time() - _written(folder.launch_file) < START_S else "lost"
 
 

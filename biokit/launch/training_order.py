@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from biokit.config import RunConfig, config_hash
 from biokit.errors import ConfigError
 from biokit.launch.facts import asked_file
-from biokit.launch.orders import HERE, Order
+from biokit.launch.orders import HERE, TRAIN, Order
 from biokit.launch.whole_imports import import_whole
 from biokit.runs import RunFolder
 
@@ -44,7 +44,7 @@ def training_order(
     layout = find_layout(config, num_nodes * num_processes)
     return Order(
         "train",
-        ("-m", "biokit", "train", str(asked_file(folder).absolute())),
+        (*TRAIN, str(asked_file(folder).absolute())),
         () if layout.strategy == "Single" else ("--nproc-per-node", str(num_processes)),
         placement,
         num_nodes,

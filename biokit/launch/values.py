@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from biokit.errors import DataError
 from biokit.launch.whole_imports import import_whole
 from biokit.runs import LEFTOVER, flush_to_disk
-from biokit.secrets import looks_secret, mask
+from biokit.secrets import is_secret_text, looks_secret, mask
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,11 +103,12 @@ def _encode(values: Mapping[str, Any], flag: str, secrets: Collection[str]) -> t
     writer, nodes = _Writer(), {}
     for name, value in values.items():
         writer.asked, writer.texts = f"{flag} {name}", []
+        if is_secret_text(name, value):
+            raise writer.refuse_secret(name)
         nodes[name] = writer.encode(value, name, ())
         text = "\n".join(writer.texts)  # at once: to look at each for every secret takes minutes for many
         if mask(text, secrets) != text:
-            do = "Leave it out, or read it from os.environ where it is needed"
-            raise DataError(writer.asked, "it holds a secret, which would be written to a file", do)
+            raise writer.refuse_secret("it")
     return writer, nodes
 
 
@@ -158,6 +159,8 @@ class _Writer:
                 do = "Give it strings or numbers as keys"
                 raise self._refuse(f"a key of {place}", _with_article(type(key).__name__), do)
             inner = f"{place}[{json.dumps(key, ensure_ascii=False)}]"
+            if type(key) is str and is_secret_text(key, part):
+                raise self.refuse_secret(inner)
             pairs.append([self.encode(key, inner, above), self.encode(part, inner, above)])
         return {"dict": pairs}
 
@@ -204,6 +207,11 @@ class _Writer:
         number = str(len(self.arrays))
         self.arrays[number] = stored
         return {kind: number, "dtype": dtype, "shape": list(shape)}
+
+    def refuse_secret(self, place: str) -> DataError:
+        """The error of a secret, which would be written to a file."""
+        found = f"{place} holds a secret, which would be written to a file"
+        return DataError(self.asked, found, "Leave it out, or read it from os.environ where it is needed")
 
     def _refuse(self, place: str, found: str, do: str) -> DataError:
         return DataError(self.asked, f"{place} is {found}", do)

@@ -7,6 +7,7 @@ own systems of that generation, one adapter a GPU: EDR shared by two (V100), HDR
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -82,8 +83,8 @@ def find_device(name: str) -> Device:
 def adjust_device(device: Device, **figures: float) -> Device:
     """The device with a user's own figures; one that is 0 stays as it is. `tflops` holds for every precision."""
     for name, value in figures.items():
-        if value < 0:
-            raise ConfigError(f"figure {name}={value:g} of a device", "it is below 0", "Give a positive number")
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"figure {name}={value:g} of a device", "it is no size", "Give a positive number")
     given = {name: value for name, value in figures.items() if value}
     if "tflops" in given:
         given["tflops"] = dict.fromkeys(device.tflops, given["tflops"])  # type: ignore[assignment]

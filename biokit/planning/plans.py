@@ -133,6 +133,11 @@ def plan_run(
         ConfigError: sizes that do not fit one another, or no layout that fits; says what would help.
     """
     _check_sizes(config, num_gpus, gpus_per_node, length)
+    if vocab_size < 0:
+        raise ConfigError(f"a vocabulary of {vocab_size} entries", "it is below 0", "Give 1 or more")
+    if not 0 <= memory_gib < math.inf or math.isnan(reserve_gib):
+        asked = f"GPU memory {memory_gib:g} GiB, {reserve_gib:g} of them left"
+        raise ConfigError(asked, "that is no size", "Give GiB, above 0")
     reserve = RESERVE_GIB[device.kind] if reserve_gib < 0 else reserve_gib
     memory = memory_gib or device.memory_gib
     if memory <= reserve:

@@ -28,7 +28,8 @@ def write_report(table: PlanTable, num_rows: int = MOST_ROWS) -> str:
         _write_table(table.plans[: num_rows or None], table.unit),
         _count_hidden(table, num_rows),
         explain_best(table),
-        _describe_messages(table.best),
+        _explain_repeats(table.best),
+        _write_messages(table.plans[: num_rows or None]),
         _explain_too_large(table),
         "Taken for granted:\n" + "\n".join(f"  {line}" for line in list_assumptions(table)),
     ]
@@ -123,7 +124,11 @@ def list_assumptions(table: PlanTable) -> list[str]:
 
 
 def _write_table(plans: Sequence[Plan], unit: tuple[str, int]) -> str:
-    rows = [list_cells(plan, unit) for plan in plans]
+    return _align([list_cells(plan, unit) for plan in plans])
+
+
+def _align(rows: Sequence[dict[str, str]]) -> str:
+    """Rows below their heads; the layout on the left, figures on the right."""
     heads = list(rows[0])
     widths = {head: max(len(head), *(len(row[head]) for row in rows)) for head in heads}
     lines = [{head: head for head in heads}, *rows]
@@ -150,20 +155,33 @@ def _compare(best: Plan, other: Plan) -> str:
     return f"The next, {other}, takes {share:.1%} longer: {spends}."
 
 
-def _describe_messages(plan: Plan) -> str:
-    stage = plan.worst_stage
-    found = sum_traffic(plan.traffic[stage])
-    if not found:
+def _write_messages(plans: Sequence[Plan]) -> str:
+    """What the fullest rank of each layout sends and receives, by kind, and how long its stages wait."""
+    sums = [sum_traffic(plan.traffic[plan.worst_stage]) for plan in plans]
+    kinds = list(dict.fromkeys(kind for found in sums for kind in found))
+    if not kinds:
         return ""
-    words = [f"{kind} {number:,} of {nbytes / 1e6:,.1f} MB in all" for kind, (number, nbytes) in found.items()]
-    text = f"Messages of its fullest rank in a step: {', '.join(words)}."
-    if plan.case.layout.pipeline > 1:
-        waiting = f"stages wait {plan.step.idle:.1%} of their time"
-        text += f" Bubble (1F1B): {plan.step.bubble_share:.1%} of the slots; {waiting}."
+    rows = []
+    for plan, found in zip(plans, sums, strict=True):
+        row = {"layout": str(plan.case.layout), "recompute": "yes" if plan.case.recompute else "no"}
+        row |= {kind: _write_amount(*found[kind]) if kind in found else "-" for kind in kinds}
+        staged = plan.case.layout.pipeline > 1
+        row["bubble"] = f"{plan.step.bubble_share:.1%}" if staged else "-"
+        row["stages wait"] = f"{plan.step.idle:.1%}" if staged else "-"
+        rows.append(row)
+    about = "Messages of the fullest rank in a step (count: MB in all); bubble (1F1B): share of the pipeline's slots"
+    return f"{about}:\n\n{_align(rows)}"
+
+
+def _write_amount(number: int, nbytes: int) -> str:
+    return f"{number:,}: {nbytes / 1e6:,.1f}"
+
+
+def _explain_repeats(plan: Plan) -> str:
     repeated = sum(use.num_repeated for use in plan.job.stage_uses(plan.case))
-    if repeated:
-        text += f" DeepSpeed goes back twice through {repeated} layers: their stage hands on two tensors made of them."
-    return text
+    if not repeated:
+        return ""
+    return f"DeepSpeed goes back twice through {repeated} layers: their stage hands on two tensors made of them."
 
 
 def _explain_too_large(table: PlanTable) -> str:

@@ -270,6 +270,8 @@ def _say_value(name: str, value: Any) -> str:
         commit = str(value.get("commit", ""))[:12]
         changes = value.get("changes")
         return f"{commit}{f' with changes ({changes})' if changes else ' with changes' if value.get('dirty') else ''}"
+    if name == "settings" and isinstance(value, Mapping):
+        return " ".join(f"{key}={entry}" for key, entry in value.items())
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_say_value('', entry)}" for key, entry in value.items())
     if isinstance(value, (list, tuple)):

@@ -9,6 +9,7 @@ from typing import Any
 import nbformat
 
 from biokit.config import RunConfig, config_from_dict, config_to_dict, config_to_yaml
+from biokit.launch.commands.parameters import join_parameters
 from biokit.launch.commands.submit import add_arguments, prepare
 from biokit.launch.slurm.jobs import Job, read_job
 from biokit.runs import RunFolder
@@ -54,7 +55,7 @@ def submit(*words: str | Path) -> RunFolder:
     """Submit what the words of `biokit submit` stand for; returns the run folder, of an array: that of all its runs."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    submission = prepare(parser.parse_args(list(map(str, words))))
+    submission = prepare(parser.parse_args(join_parameters(list(map(str, words)))))
     submission.write()
     submission.send()
     return submission.root

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from biokit.errors import ConfigError
+from biokit.launch.commands.parameters import add_parameters, read_parameters
 from biokit.launch.slurm.sbatch import SIGNAL_BEFORE_S
 
 LIVES = 3  # nobody sits beside a job
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("target", nargs="?", default="", metavar="NOTEBOOK|CONFIG", help="a .ipynb file, or what `biokit train` takes")
     add("overrides", nargs="*", metavar="key=value", help="of a configuration, as `biokit train` takes them")
     help_p = "a parameter of the notebook, or a key of the configuration; several values by commas"
-    add("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help=help_p)
+    add_parameters(parser, help_p)
     add("--nodes", type=_count, default=1, metavar="N", help="nodes (1)")
     add("--gpus-per-node", type=_count_or_none, default=0, metavar="N", help="GPUs asked for on each node (0)")
     add("--nproc-per-node", type=_count, default=0, metavar="N", help="ranks on each node (one a GPU, or 1)")
@@ -94,9 +95,7 @@ def prepare(options: argparse.Namespace) -> Any:
 
     if not options.target:
         raise ConfigError("biokit submit", "nothing to run is given", "Give a notebook or a configuration")
-    parameters = dict(options.parameters)
-    if len(parameters) < len(options.parameters):
-        raise ConfigError("-p", "a name is given twice", "Give each once, with its values by commas")
+    parameters = read_parameters(options.parameters)
     site = load_site(options.site or find_site_file())
     resources = Resources(
         options.nodes,

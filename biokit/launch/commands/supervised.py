@@ -37,7 +37,7 @@ def supervise_training(config: RunConfig, environment: Mapping[str, str], lives:
     order = _order(config, folder, nodes, environment, lives, timeout_s)
     if nodes.node_rank:  # node 0 shows what all ranks print
         folder.create()
-        return supervise(folder, order, nodes.node_rank)
+        return supervise(folder, order, nodes.node_rank, in_terminal=True)
     order = complete_order(folder, order)
     prepare_folder(folder, order)
     write_atomically(asked_file(folder), config_to_yaml(config))
@@ -46,7 +46,7 @@ def supervise_training(config: RunConfig, environment: Mapping[str, str], lives:
     shown = threading.Thread(target=_show_output, args=(tail, ended), daemon=True)
     shown.start()
     try:
-        return supervise(folder, order)
+        return supervise(folder, order, in_terminal=True)
     finally:
         ended.set()
         shown.join()

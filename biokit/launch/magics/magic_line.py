@@ -135,11 +135,31 @@ def split_words(line: str, names: Mapping[str, Any], magic: str = "%torchrun") -
         words = shlex.split(hidden)
     except ValueError as error:
         raise ConfigError(f"{magic} {line.strip()}", str(error), "Close the quote") from error
-    pieces = [_MARK.split(word) for word in words]  # plain text and numbers of spans in turn
-    return [
-        "".join(_expand(spans[int(piece)] if i % 2 else piece, names, magic) for i, piece in enumerate(parts))
-        for parts in pieces
-    ]
+    return [_fill(_MARK.split(word), spans, names, magic) for word in words]
+
+
+class GivenWord(str):
+    """A word that begins with a value of the notebook, which is no flag even where it looks like one."""
+
+    __slots__ = ()
+
+
+def refuse_given_flag(word: str, magic: str) -> None:
+    """Nothing, unless a value stands where it would be read as a flag.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if isinstance(word, GivenWord) and word.startswith("-"):
+        found = f"the value {word[:80]!r} begins with a hyphen and would be read as a flag"
+        raise ConfigError(magic, found, "Write it behind an equals sign: --name={value}")
+
+
+def _fill(parts: Sequence[str], spans: Sequence[str], names: Mapping[str, Any], magic: str) -> str:
+    """A word from its parts: plain text and numbers of spans in turn."""
+    filled = [_expand(spans[int(part)] if i % 2 else part, names, magic) for i, part in enumerate(parts)]
+    begins_given = (not parts[0] and len(parts) > 1) or parts[0].startswith("$")
+    return (GivenWord if begins_given and "".join(filled) != parts[0] else str)("".join(filled))
 
 
 def describe_flags() -> str:
@@ -148,10 +168,13 @@ def describe_flags() -> str:
 
 
 def list_flags() -> list[str]:
-    """All flags, as completion offers them."""
-    found = re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*(?![\w-])", torchrun_parser().format_help())
-    known = {flag for flag in found if not any(other.startswith(flag) for other in found if other != flag)}  # no begun
-    return sorted({*known, *_VALUED, *_SWITCHES})
+    """All flags, as completion offers them; torchrun's in both of its spellings."""
+    return sorted({*flags_of(torchrun_parser()), *_VALUED, *_SWITCHES})
+
+
+def flags_of(parser: argparse.ArgumentParser) -> list[str]:
+    """The long flags of a parser."""
+    return [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
 
 
 def _hide_spans(line: str, spans: list[str]) -> list[str]:
@@ -226,6 +249,7 @@ def _take_own(words: Sequence[str], split: _Split) -> Any:
         name, equals, value = word.partition("=")
         name = name.replace("_", "-")
         is_open = is_open and word != "--"
+        refuse_given_flag(word, "%torchrun")
         if not is_open:
             yield i, word
         elif word in ("-h", "--help"):

@@ -10,9 +10,10 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_magic, magics_class, needs_local_scope, no_var_expand
 
 from biokit.errors import BiokitError
+from biokit.launch.commands.parameters import join_parameters
 from biokit.launch.commands.submit import add_arguments, prepare
 from biokit.launch.failed_run import told_shortly
-from biokit.launch.magics.magic_line import split_words
+from biokit.launch.magics.magic_line import refuse_given_flag, split_words
 from biokit.runs import RunFolder
 
 
@@ -45,7 +46,9 @@ class SubmitMagics(Magics):
         """
         try:
             words = split_words(line, {**self.shell.user_ns, **(local_ns or {})}, "%submit")
-            options = make_parser().parse_args(words)
+            for word in join_parameters(words):
+                refuse_given_flag(word, "%submit")
+            options = make_parser().parse_args(join_parameters(words))
             submission = None if options.follow else prepare(options)
         except _Helped:
             return None

@@ -26,12 +26,18 @@ from biokit.launch.listing import find_run, list_runs
 from biokit.launch.magics.cell_program import cell_words, write_cell
 from biokit.launch.magics.hidden_words import hide_words
 from biokit.launch.magics.live_cell import end_now, follow_run
-from biokit.launch.magics.magic_line import MagicLine, describe_flags, list_flags, read_line, split_words
-from biokit.launch.orders import Order
+from biokit.launch.magics.magic_line import (
+    MagicLine,
+    describe_flags,
+    flags_of,
+    list_flags,
+    read_line,
+    split_words,
+)
+from biokit.launch.orders import Order, has_own_output
 from biokit.launch.output import OutputTail
 from biokit.launch.run import Run, start_run
 from biokit.launch.started import check_free
-from biokit.launch.supervision.placement import OWN_OUTPUT
 from biokit.runs import RunFolder
 from biokit.secrets import looks_secret, mask, mask_words
 
@@ -157,8 +163,7 @@ def run_foreground(launch: Launch, asked: MagicLine) -> dict[str, Any]:
         KeyboardInterrupt: it was ended.
     """
     first_life = launch.folder.last_life() + 1
-    of_agents = bool(set(launch.order.torchrun) & set(OWN_OUTPUT))
-    tail = OutputTail(launch.folder, asked.num_ranks > 1, first_life, of_agents)
+    tail = OutputTail(launch.folder, asked.num_ranks > 1, first_life, has_own_output(launch.order))
     try:
         run = start_run(launch.folder, launch.order, variables=launch.variables)
     except KeyboardInterrupt:
@@ -201,14 +206,27 @@ def new_folder(group: str = "torchrun") -> Path:
 
 @context_matcher()
 def complete_flags(context: CompletionContext) -> SimpleMatcherResult:
-    """Flags on a line of `%torchrun` or `%%torchrun`."""
+    """Flags on the line of one of biokit's magics."""
     begun = context.line_with_cursor[: context.cursor_position].lstrip()
-    if not begun.startswith(("%torchrun ", "%%torchrun ")) or not context.token.startswith("-"):
+    magic, space, _ = begun.partition(" ")
+    if not space or not context.token.startswith("-"):
         return SimpleMatcherResult(completions=[])
-    flags = [flag for flag in list_flags() if flag.startswith(context.token)]
+    flags = [flag for flag in _list_flags(magic) if flag.startswith(context.token)]
     return SimpleMatcherResult(
         completions=[SimpleCompletion(flag, type="param") for flag in flags], suppress=bool(flags)
     )
+
+
+def _list_flags(magic: str) -> list[str]:
+    if magic in ("%torchrun", "%%torchrun"):
+        return list_flags()
+    if magic == "%submit":
+        from biokit.launch.magics.slurm_magics import make_parser
+
+        return flags_of(make_parser())
+    from biokit.launch.magics.warm_magics import PARSERS
+
+    return flags_of(PARSERS[magic]) if magic in PARSERS else []
 
 
 def _start_background(launch: Launch, asked: MagicLine) -> Run:
@@ -267,16 +285,15 @@ def _is_module(name: str) -> bool:
 
 def _check_python(cell: str) -> None:
     lines = cell.splitlines()
-    for number, text in enumerate(lines, start=2):
-        if text.startswith(("%", "!")):
-            raise _refuse_line(number, text)
     try:
         compile(f"\n{cell}", "cell.py", "exec", dont_inherit=True)
     except SyntaxError as error:
         number = error.lineno or 2
         text = lines[number - 2] if 2 <= number < len(lines) + 2 else ""
-        if text.lstrip().startswith(("%", "!")):
-            raise _refuse_line(number, text.strip()) from None
+        others = [(number, text), *enumerate(lines, start=2)]  # the mistake may be said of the line before or after
+        for at, line in others:
+            if line.lstrip().startswith(("%", "!")):
+                raise _refuse_line(at, line.strip()) from None
         found = f"line {number} is no Python ({error.msg}): {mask(text.strip())[:MAX_SHOWN]}"
         raise ConfigError("the cell", found, "Mend the line") from None
     except (ValueError, RecursionError, MemoryError, OverflowError) as error:
@@ -290,7 +307,7 @@ def _refuse_line(number: int, text: str) -> ConfigError:
 
 def _find_assigned(cell: str) -> set[str]:
     """Names that a cell's code makes; empty where that cannot be told from its text."""
-    if any(word in cell for word in ("exec(", "globals(", "import *", "setattr(")):
+    if any(word in cell for word in ("exec(", "globals(", "vars(", "import *", "setattr(", "__main__", "__dict__")):
         return set()
     top = symtable.symtable(cell, "cell.py", "exec")
     made = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()}

@@ -17,7 +17,7 @@ from IPython.display import display
 from biokit.config import RunConfig, config_to_yaml, load_config
 from biokit.errors import ConfigError, DataError
 from biokit.launch.failed_run import RunFailed, told_shortly
-from biokit.launch.magics.magic_line import MagicLine, split_words
+from biokit.launch.magics.magic_line import MagicLine, refuse_given_flag, split_words
 from biokit.launch.magics.torchrun_magics import check_cell, drawing_environment, new_folder
 from biokit.launch.output import OutputTail
 from biokit.launch.values import check_values, part_secrets, read_values
@@ -50,14 +50,15 @@ class WarmMagics(Magics):
     def ranks(self, line: str, cell: str | None = None) -> Any:
         """Run a cell in persistent processes, each of which keeps its variables for the next one.
 
-        %%ranks [-n N] [--out NAMES] [--with NAMES] [--timeout S]
+        %%ranks [-n N] [--out NAMES] [--with NAMES] [--timeout S] [--run-dir DIR]
             -n N, --nproc-per-node N  how many; the first cell starts them (2), later ones take those that there are
             --out NAMES       variables of rank 0 that come back when the cell ends, separated by commas
             --with NAMES      variables of the notebook that every rank gets first
             --timeout S       end the ranks after S seconds, and show where each stood
+            --run-dir DIR     the run folder, for the cell that starts them (default: a new one under runs/ranks)
         %ranks                who they are
         %ranks --show x,loss  these variables on each rank
-        %ranks --restart [-n N]  new processes, without variables
+        %ranks --restart [-n N] [--run-dir DIR]  new processes, without variables
         %ranks --stop         end them
         """
         names = self.shell.user_ns
@@ -73,7 +74,7 @@ class WarmMagics(Magics):
             given = {name: names[name] for name in options.given}
             secrets, plain = part_secrets(given)
             check_values(plain, "--with", secrets.values())
-            pool = self._find_pool(options.num_ranks)
+            pool = self._find_pool(options.num_ranks, options.run_dir)
             number = len(self.shell.history_manager.input_hist_parsed) - 1  # of this cell, as the notebook shows it
             wanted = Cell(cell, f"cell_{number}", given, options.out, options.timeout_s)
         except (ConfigError, DataError) as error:  # the user's mistake, before anything is started
@@ -113,7 +114,7 @@ class WarmMagics(Magics):
                 self.pool.end()
                 self.pool = None
             if options.restart:
-                self._start(num_ranks)
+                self._start(num_ranks, options.run_dir)
             return None
         pool = self._pool_now()
         if pool is None:
@@ -123,16 +124,21 @@ class WarmMagics(Magics):
         self._pool_now()  # a value whose own code ended its rank has lost the others too
         return shown
 
-    def _find_pool(self, num_ranks: int) -> Pool:
-        """The pool for a cell; 0: of whatever size.
+    def _find_pool(self, num_ranks: int, run_dir: str) -> Pool:
+        """The pool for a cell; 0: of whatever size; "": in whatever folder.
 
         Raises:
-            ConfigError: there is one of another size.
+            ConfigError: there is one of another size, or in another folder.
             RunError: a new one does not come up.
         """
         pool = self._pool_now()
         if pool is None:
-            return self._start(num_ranks or NUM_RANKS)
+            return self._start(num_ranks or NUM_RANKS, run_dir)
+        if run_dir and Path(run_dir).absolute() != pool.folder.path.absolute():
+            found = f"the ranks that are there have {pool.folder.path}"
+            raise ConfigError(
+                f"%%ranks --run-dir {run_dir}", found, f"Start new ones: %ranks --restart --run-dir {run_dir}"
+            )
         if num_ranks not in (0, len(pool.members)):
             found = f"{len(pool.members)} ranks are there, with variables that would be lost"
             raise ConfigError(f"%%ranks -n {num_ranks}", found, f"Start new ones: %ranks --restart -n {num_ranks}")
@@ -157,10 +163,12 @@ class WarmMagics(Magics):
             print("The ranks have ended since the last cell, and their variables are lost.")
         return self.pool
 
-    def _start(self, num_ranks: int) -> Pool:
+    def _start(self, num_ranks: int, run_dir: str) -> Pool:
+        folder = RunFolder(Path(run_dir) if run_dir else new_folder("ranks"))
+        folder.check_path()
         print(f"starting {num_ranks} warm rank{'s' if num_ranks > 1 else ''}", flush=True)
-        self.pool = Pool(RunFolder(new_folder("ranks")), num_ranks, drawing_environment())
-        self._tail = OutputTail(self.pool.folder, labelled=num_ranks > 1)
+        self.pool = Pool(folder, num_ranks, drawing_environment())
+        self._tail = OutputTail(folder, labelled=num_ranks > 1, first_life=self.pool.life)
         return self.pool
 
     def _find_config(self, name: str, overrides: Sequence[str]) -> RunConfig:
@@ -228,6 +236,8 @@ class _Words(argparse.ArgumentParser):
         raise ConfigError(self.prog, message, f"See {self.prog.split()[0].lstrip('%').join(('%', '?'))}")
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
+        for word in words:
+            refuse_given_flag(word, self.prog)
         return self.parse_intermixed_args(list(words))
 
 
@@ -257,6 +267,8 @@ def _names(text: str) -> tuple[str, ...]:
 _CELL, _LINE, _CHECK = _Words("%%ranks"), _Words("%ranks"), _Words("%check_parallel")
 for _words in (_CELL, _LINE):
     _words.add_argument("-n", "--nproc-per-node", "--nproc_per_node", dest="num_ranks", type=_number, default=0)
+for _words in (_CELL, _LINE):
+    _words.add_argument("--run-dir", default="")
 _CELL.add_argument("--out", type=_names, default=())
 _CELL.add_argument("--with", dest="given", type=_names, default=())
 _CELL.add_argument("--timeout", dest="timeout_s", type=_seconds, default=0.0)
@@ -266,3 +278,4 @@ _LINE.add_argument("--stop", action="store_true")
 _CHECK.add_argument("config")
 _CHECK.add_argument("words", nargs="*")
 _CHECK.add_argument("--steps", type=_number, default=0)
+PARSERS = {"%%ranks": _CELL, "%ranks": _LINE, "%check_parallel": _CHECK}  # for completion

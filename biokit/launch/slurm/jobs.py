@@ -149,11 +149,17 @@ def submit_script(script: Path) -> str:
 def look_up(job_ids: Iterable[str]) -> dict[str, QueueEntry]:
     """What Slurm says of jobs or arrays' tasks that it still knows, by id; nothing of those that it has forgotten."""
     wanted = set(job_ids)
-    whole = ",".join(sorted({job_id.partition("_")[0] for job_id in wanted}))
-    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%N|%r", f"--jobs={whole}"]
-    lines = ask_slurm(command, "look at the queue", fails="").splitlines()
-    entries = [QueueEntry(*line.split("|", 3)) for line in lines]
+    entries = _list_queue(*sorted({job_id.partition("_")[0] for job_id in wanted}))
     return {entry.job_id: entry for entry in entries if entry.job_id in wanted}
+
+
+def find_alive(job_id: str) -> QueueEntry | None:
+    """A job, or a task of the array, that waits or runs; None: none does, as far as Slurm says."""
+    if not job_id or shutil.which("squeue") is None:
+        return None
+    entries = _list_queue(job_id.partition("_")[0])
+    own = [entry for entry in entries if entry.job_id == job_id or entry.job_id.startswith(f"{job_id}_")]
+    return next((entry for entry in own if not entry.is_over), None)
 
 
 def job_state(job_id: str) -> str:
@@ -247,6 +253,13 @@ def ask_slurm(
         return fails
     found = " ".join((done.stderr.strip() or f"{words[0]} ended with exit code {done.returncode}").split())
     raise RunError(asked, found, "Mend what it names; options of your own stand in the site file")
+
+
+def _list_queue(*job_ids: str) -> list[QueueEntry]:
+    """What Slurm says of whole jobs; of arrays, a line a task."""
+    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%N|%r", f"--jobs={','.join(job_ids)}"]
+    lines = ask_slurm(command, "look at the queue", fails="").splitlines()
+    return [QueueEntry(*line.split("|", 3)) for line in lines]
 
 
 def _outside() -> dict[str, str]:

@@ -110,6 +110,8 @@ def _placing(request: JobRequest, site: Site) -> list[str]:
     if request.gpus_per_node and site.gpu_request:
         name, _, value = site.gpu_request.removeprefix("--").partition("=")
         lines.append(_option(name, value.replace(GPUS_PLACE, str(request.gpus_per_node))))
+        if not {"cpus-per-task", "cpus-per-gpu", "exclusive"} & set(site.sbatch):
+            lines.append("# CPUs: as many a GPU as the partition gives; else write cpus-per-gpu into the site file.")
     elif request.gpus_per_node:
         lines.append(f"# {request.gpus_per_node} GPUs a node are not asked for: the site file's gpu_request is empty.")
     elif not {"cpus-per-task", "exclusive"} & set(site.sbatch):

@@ -9,7 +9,9 @@ setup: |                      # shell text at the top of the job, as it stands
   module load python/3.12 cuda/12.4
   source ~/biokit/.venv/bin/activate
 python: python                # the interpreter, after the set-up
-container: apptainer exec --nv /images/biokit.sif    # words before the interpreter, on every node
+container: apptainer exec --nv /images/biokit.sif    # words before the interpreter, on every node; the job's launcher
+                              # runs in it too: to go back into the queue, and for several nodes, it needs Slurm's
+                              # commands there (squeue, scontrol, srun, scancel)
 srun:                         # options of srun, which starts torchrun on each node
   mpi: none
 """

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -31,10 +32,14 @@ def srun_command(order: Order, run_dir: Path, number: int, environment: Mapping[
         EngineError: this process is not inside an allocation of so many nodes.
         RunError: Slurm does not say where its first node is.
     """
+    asked = f"a run on {order.num_nodes} nodes by srun"
+    if environment.get(CONTAINER_VARIABLE) and shutil.which("srun") is None:
+        do = "Bind Slurm's commands into it (srun, scontrol, squeue, scancel; their libraries, munge's socket)"
+        raise EngineError(asked, "srun is not in the container of the site file", do)
     if not has_nodes(order.num_nodes, environment):
         found = "this process is not inside a Slurm allocation of so many, or srun is not here"
         do = "Submit it with `biokit submit --nodes`, or get an allocation first"
-        raise EngineError(f"a run on {order.num_nodes} nodes by srun", found, do)
+        raise EngineError(asked, found, do)
     hosts = ask_slurm(["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]], "list the nodes").split()
     nodes = hosts[: order.num_nodes]
     options = [

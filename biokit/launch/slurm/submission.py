@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from biokit.config import RunConfig, config_to_yaml, load_config, parse_override
-from biokit.errors import ConfigError, RunError
+from biokit.errors import BiokitError, ConfigError, RunError
 from biokit.launch.facts import asked_file, collect_facts
 from biokit.launch.orders import HERE, SLURM, Order, write_order
 from biokit.launch.slurm import jobs
@@ -20,6 +20,7 @@ from biokit.launch.slurm.sbatch import SIGNAL_BEFORE_S, JobRequest, write_script
 from biokit.launch.slurm.sites import Site
 from biokit.launch.slurm.sweeps import combine, read_values, refuse_secrets, task_name
 from biokit.launch.started import check_free
+from biokit.launch.states import FAILED
 from biokit.launch.training_order import training_order
 from biokit.runs import RunFolder, write_atomically
 from biokit.schema import leaf_types
@@ -86,8 +87,8 @@ class Submission:
         Raises:
             RunError: a job or a run is alive there.
         """
-        for member in self.members:
-            _refuse_alive(member.folder)
+        for path in dict.fromkeys([self.root.path, *(member.folder.path for member in self.members)]):
+            _refuse_alive(RunFolder(path))
         self.root.create()
         if self.job.notebook:
             self._notebook_file().parent.mkdir(exist_ok=True)
@@ -110,7 +111,12 @@ class Submission:
             EngineError: Slurm is not on this machine.
             RunError: it does not take the job.
         """
-        job_id, now = jobs.submit_script(self.script_file), round(time.time(), 3)
+        try:
+            job_id, now = jobs.submit_script(self.script_file), round(time.time(), 3)
+        except BiokitError as error:  # else it would seem to wait in the queue
+            for member in self.members:
+                write_job(member.folder, replace(member.job, outcome=FAILED, error=str(error)))
+            raise
         for index, member in enumerate(self.members):
             own_id = f"{job_id}_{index}" if self.job.num_tasks else job_id
             current = read_job(member.folder) or member.job  # it may have begun, and have said something
@@ -242,9 +248,7 @@ def _is_text(key: str) -> bool:
 
 def _refuse_alive(folder: RunFolder) -> None:
     asked, job = f"submit into {folder.path}", read_job(folder)
-    if job is not None and job.job_id:
-        state = jobs.job_state(job.job_id)
-        if state in (*jobs.WAITING, *jobs.ACTIVE):
-            do = f"Wait, end it with `scancel {job.job_id}`, or give another --run-dir"
-            raise RunError(asked, f"job {job.job_id} is there, {state.lower()}", do)
+    if job is not None and (entry := jobs.find_alive(job.job_id)):
+        do = f"Wait, end it with `scancel {job.job_id}`, or give another --run-dir"
+        raise RunError(asked, f"job {entry.job_id} is there, {entry.state.lower()}", do)
     check_free(folder)

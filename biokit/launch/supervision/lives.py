@@ -33,7 +33,7 @@ class Life:
     ) -> None:
         self.folder, self.number, self.files = folder, number, folder.life(number)
         self._spared = spared
-        self.is_training = order.kind == "train"
+        self.is_training, self.is_elastic = order.kind == "train", order.is_elastic
         self.files.create()
         self.agents = place_agents(order, self.files, number, node_rank)
         self._before = self._manifest_time()

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from biokit.errors import ConfigError
-from biokit.launch.orders import GIVEN, HERE, NODES, SLURM, Order
+from biokit.launch.orders import GIVEN, HERE, NODES, SLURM, Order, flag_name, has_own_output
 from biokit.launch.rendezvous import find_local_address, rendezvous_flags
 from biokit.launch.slurm.srun import check_nodes, end_steps, srun_command
 from biokit.runs import LifeFolder
 
-OWN_OUTPUT = ("--redirects", "--tee", "--log-dir")  # torchrun's flags that say where the ranks' output goes
 NO_PYTHON = "--no-python"
 
 
@@ -57,7 +56,7 @@ def place_agents(order: Order, life: LifeFolder, number: int, node_rank: int = 0
 
 def agent_command(order: Order, life: LifeFolder, node: int, rendezvous: Sequence[str]) -> list[str]:
     """The command line of torchrun's agent on a node."""
-    flags = [flag for flag in order.torchrun if _name(flag) != NO_PYTHON]
+    flags = [flag for flag in order.torchrun if flag_name(flag) != NO_PYTHON]
     ranks = ["-m", "biokit.launch.supervision.rank", *rank_words(order, life)]
     return [
         sys.executable,
@@ -73,9 +72,8 @@ def agent_command(order: Order, life: LifeFolder, node: int, rendezvous: Sequenc
 
 def rank_words(order: Order, life: LifeFolder) -> list[str]:
     """What `biokit.launch.supervision.rank` is given: where it writes, how, and the program."""
-    names = {_name(flag) for flag in order.torchrun}
-    switches = ["--keep-output"] if names.intersection(OWN_OUTPUT) else []
-    switches += ["--exec"] if NO_PYTHON in names else []
+    switches = ["--keep-output"] if has_own_output(order) else []
+    switches += ["--exec"] if NO_PYTHON in map(flag_name, order.torchrun) else []
     return [*switches, str(life.path.absolute()), *order.program]
 
 
@@ -95,12 +93,3 @@ def _place_agent(order: Order, life: LifeFolder, number: int, node: int, endpoin
 
 def _run_name(life_path: Path) -> str:
     return life_path.absolute().parents[1].name
-
-
-def _name(flag: str) -> str:
-    """A flag as torchrun's help spells it: it takes underscores too."""
-    return (
-        flag.split("=", 1)[0].replace("_", "-")
-        if flag.startswith("--")
-        else {"-r": "--redirects", "-t": "--tee"}.get(flag, flag)
-    )

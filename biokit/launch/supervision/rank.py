@@ -89,7 +89,7 @@ def note_own_error(error: BaseException) -> None:
 
 
 def note_start(life: LifeFolder, rank: int) -> dict[str, Any]:
-    """Say who this rank is; what an earlier start of it by the same agent left is taken away."""
+    """Say who this rank is; what an earlier start of the ranks by torchrun left of their ends is taken away."""
     who = {
         "rank": rank,
         "local_rank": int(os.environ.get("LOCAL_RANK", "0")),
@@ -99,8 +99,10 @@ def note_start(life: LifeFolder, rank: int) -> dict[str, Any]:
         "pid_started": psutil.Process().create_time(),
         "time": time.time(),
     }
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        life.error_file(rank).unlink(missing_ok=True)
+    life.error_file(rank).unlink(missing_ok=True)
+    for error in life.error_file(0).parent.glob("rank_*.json"):  # torchrun goes on with fewer nodes: they are gone
+        if int(error.stem.removeprefix("rank_")) >= int(os.environ.get("WORLD_SIZE", sys.maxsize)):
+            error.unlink(missing_ok=True)
     write_atomically(life.rank_file(rank), json.dumps(who) + "\n")
     return who
 

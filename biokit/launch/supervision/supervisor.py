@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,12 +67,20 @@ class Ask(enum.IntEnum):
     ORPHAN = 5  # the owner is gone
 
 
-def supervise(folder: RunFolder, order: Order, node_rank: int = 0, owner: int = 0, limits: Limits | None = None) -> int:
+def supervise(
+    folder: RunFolder,
+    order: Order,
+    node_rank: int = 0,
+    owner: int = 0,
+    limits: Limits | None = None,
+    in_terminal: bool = False,
+) -> int:
     """Carry out an order in this process, from its main thread.
 
     Args:
         node_rank: of this machine, where several have supervisors.
         owner: process that started this one and with which the run ends; 0: none.
+        in_terminal: the first Ctrl-C lets a training save a checkpoint; the second one ends it.
 
     Returns:
         0: finished or stopped; 1: failed; 124: timed out; 130: interrupted.
@@ -80,11 +88,12 @@ def supervise(folder: RunFolder, order: Order, node_rank: int = 0, owner: int = 
     Raises:
         RunError: another supervisor is at work in the folder.
     """
+    make: Callable[..., Supervisor] = Supervisor
     if order.placement == NODES:
-        from biokit.launch.supervision.nodes import supervisor_of_node
-
-        return supervisor_of_node(folder, order, node_rank, owner, limits or Limits()).run()
-    return Supervisor(folder, order, node_rank, owner, limits or Limits()).run()
+        from biokit.launch.supervision.nodes import supervisor_of_node as make
+    supervisor = make(folder, order, node_rank, owner, limits or Limits())
+    supervisor.spares_interrupt = in_terminal and order.kind == "train"
+    return supervisor.run()
 
 
 class Supervisor:
@@ -93,6 +102,7 @@ class Supervisor:
     def __init__(self, folder: RunFolder, order: Order, node_rank: int, owner: int, limits: Limits) -> None:
         self.folder, self.order, self.node_rank, self.owner, self.limits = folder, order, node_rank, owner, limits
         self.state = SupervisorState.of_this_process(order.max_lives)
+        self.spares_interrupt = False  # the first one asks for a checkpoint
         self._failure: failures.Failure | None = None
         self._spared: list[psutil.Process] = []
         self._signal = Ask.NOTHING
@@ -171,7 +181,7 @@ class Supervisor:
             return self._cut(life, ask)
         if ask in (Ask.STOP, Ask.TERMINATE):
             if self.order.kind != "train":
-                life.end(self.limits.grace_s)
+                life.end(self.limits.checkpoint_s if self.order.saves_on_sigterm else self.limits.grace_s)
                 return states.STOPPED
             if not self.folder.stop_requested():  # again and again: a training that just starts clears an older one
                 self.folder.request_stop()
@@ -303,7 +313,10 @@ class Supervisor:
         }
 
         def note(number: int, _frame: Any) -> None:
-            self._signal = max(self._signal, asks[signal.Signals(number)])
+            ask = asks[signal.Signals(number)]
+            if ask == Ask.INTERRUPT and self.spares_interrupt:
+                self.spares_interrupt, ask = False, Ask.TERMINATE
+            self._signal = max(self._signal, ask)
 
         if threading.current_thread() is not threading.main_thread():
             yield

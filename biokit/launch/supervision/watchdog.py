@@ -102,8 +102,10 @@ class Watchdog:
                 faults.append(f"rank {rank} is stopped (SIGSTOP)")
             elif seen.state == ZOMBIE:  # torchrun's agent asks ten times a second
                 faults.append(f"rank {rank} has ended, but its agent does not notice")
-            elif seen.died and self.life.is_training:
+            elif seen.died and self.life.is_training and not self.life.is_elastic:
                 faults.append(f"rank {rank} is gone, but its agent does not end")
+        if self.life.is_elastic:  # its agents wait for others, or for nodes that come later, as long as they like
+            return faults
         for rank in self._failed():
             faults.append(f"rank {rank} has failed, but its agent does not end")
         if any(self.life.poll()):

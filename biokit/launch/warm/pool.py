@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -107,6 +108,7 @@ class Pool:
         self.folder, self.num_cells, self.life = folder, 0, 0
         self.members: list[Member] = []
         folder.create()
+        shutil.rmtree(folder.path / "cells", ignore_errors=True)  # of earlier ranks: their errors are not these ones'
         token_file = folder.path.absolute() / "ranks.token"
         token = write_token(token_file)
         try:
