@@ -2,7 +2,7 @@
 import { CELL_TIMEOUT_MS, lookAtRun, waitUntil } from "./browser.mjs";
 
 await lookAtRun(async (page, shoot) => {
-  const outputOf = (source) => page.locator(".jp-CodeCell", { hasText: source }).locator(".jp-Cell-outputArea");
+  const outputOf = (source) => page.locator(".jp-CodeCell", { hasText: source }).first().locator(".jp-Cell-outputArea");
   const cards = {
     finished: outputOf("first = start_training"),
     failed: outputOf("os.kill(os.getpid(), signal.SIGKILL)"),
@@ -13,8 +13,10 @@ await lookAtRun(async (page, shoot) => {
   const button = panel.locator("button.biokit-stop");
   await button.waitFor({ state: "visible", timeout: CELL_TIMEOUT_MS });
   const image = panel.locator("img");
-  await waitUntil(page, async () => (await image.count()) > 0, CELL_TIMEOUT_MS, async () => "no picture in the dashboard");
-  const live = { label: await panel.locator(".widget-label").first().textContent() };
+  const label = async () => (await panel.locator(".widget-label").first().textContent()) ?? "";
+  const isDrawn = async () => (await image.count()) > 0 && /step [1-9]/.test(await label());
+  await waitUntil(page, isDrawn, CELL_TIMEOUT_MS, async () => `no steps in the dashboard: ${await label()}`);
+  const live = { label: await label() };
   await shoot(button, "dashboard_live");
 
   const prompts = page.locator(".jp-CodeCell .jp-InputArea-prompt");

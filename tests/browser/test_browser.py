@@ -31,7 +31,7 @@ def test_cards_and_dashboard_are_there(tmp_path: Path) -> None:
     assert texts["finished"].count("FINISHED") == 1 and "1,523,467" in texts["finished"]
     assert "rank 1 was ended by SIGKILL" in texts["failed"] and "rank 0 lost another rank" in texts["failed"]
     assert "Rank 0 waits in all_reduce" in texts["hung"] and "time.sleep(600)" in texts["hung"]
-    assert "30 of 30" in texts["resumed"]
-    assert "running" in seen["live"]["label"] or "starting" in seen["live"]["label"]
+    assert "60 of 60" in texts["resumed"]
+    assert seen["live"]["label"].startswith("running: step ")
     assert len(seen["widths"]) >= 5 and min(seen["widths"]) > 300  # no picture is broken
     assert all(path.stat().st_size > MIN_PICTURE_BYTES for path in seen["pictures"]) and len(seen["pictures"]) == 7
