@@ -226,9 +226,8 @@ def _log_of(left: LifeFolder, root: RankError | None) -> Path:
     if root is None or root.rank == LAUNCHER:
         logs = [left.agent_log(node) for node in _numbers_of(left.agent_file(0).parent)]
         return next((log for log in logs if log.exists()), left.agent_log(0))
-    if not left.output_file(root.rank).exists() and left.agent_log(0).exists():  # torchrun's --tee prints there
-        return left.agent_log(0)
-    return left.output_file(root.rank)
+    own, agent = left.output_file(root.rank), left.log_of_agent_of(root.rank)
+    return agent if not own.exists() and agent.exists() else own  # torchrun's --tee prints there
 
 
 def _last_metrics(folder: RunFolder) -> tuple[int, float]:

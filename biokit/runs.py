@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from biokit.errors import RunError
-from biokit.safe_files import load_object, read_part, to_number
+from biokit.safe_files import load_object, read_object, read_part, to_number, to_whole
 
 STEP_DIGITS = 8
 LIFE_DIGITS = NODE_DIGITS = 4
@@ -65,6 +65,10 @@ class LifeFolder:
     def agent_file(self, node: int) -> Path:
         """How torchrun's agent on a node ended: `code` and the exit codes of its ranks, as JSON."""
         return self.path / "agents" / f"node_{node:0{NODE_DIGITS}d}.json"
+
+    def log_of_agent_of(self, rank: int) -> Path:
+        """What torchrun's agent of a rank's node printed."""
+        return self.agent_log(to_whole(read_object(self.rank_file(rank)).get("node")))
 
     def agent_log(self, node: int) -> Path:
         """What torchrun's agent on a node said itself."""

@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import functools
 import html
 import json
@@ -28,7 +30,7 @@ MAX_HELD = 65536  # characters of a line without an end
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _ANYWHERE = ("SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "APIKEY", "PRIVATEKEY", "ACCESSKEY")
 _WORDS = re.compile("TOKEN|AUTH|AUTHORIZATION|BEARER|COOKIE|JWT|(SSH|PG|DB|MYSQL|FTP|SMTP|ROOT|USER)?PASS|PWD|DSN")
-_OF_SERVICES = re.compile("API|ACCESS|AUTH|REFRESH|SECRET|BEARER|HF|GITHUB|GH|GITLAB|SLACK|WANDB")  # TOKENS of theirs
+_OF_SERVICES = re.compile("API|ACCESS|AUTH|REFRESH|SECRET|BEARER|HF|HUB|GITHUB|GH|GITLAB|AZURE|SLACK|WANDB")
 # what a vocabulary calls its tokens, and what is told about a secret without telling it
 _OF_VOCABULARIES = re.compile("PAD|MASK|BOS|EOS|CLS|SEP|UNK|SPECIAL|START|STOP|END|NEXT|PER")
 _ABOUT = re.compile(
@@ -56,7 +58,7 @@ def looks_secret(name: str) -> bool:
         return True
     if words[-1] == "KEY" or (words[-1] != "TOKEN" and words[-1].endswith("TOKEN")):  # GHTOKEN
         return True
-    if len(words) > 1 and (words[-1] == "PAT" or (words[-1] == "TOKENS" and _OF_SERVICES.fullmatch(words[-2]))):
+    if len(words) > 1 and words[-1] in ("PAT", "TOKENS") and _OF_SERVICES.fullmatch(words[-2]):
         return True
     around = zip(["", *words], words, [*words[1:], ""], strict=False)
     return any(
@@ -101,9 +103,14 @@ def secret_values(values: Mapping[str, Any]) -> set[str]:
 
 
 def is_secret_text(name: str, value: Any) -> bool:
-    """Whether a value is a text, or a list that holds one, which its name says is secret."""
+    """Whether a value is a text, or a list that holds one, which its name says is secret.
+
+    A name of one word (`key`, `token`, `auth`) is many an innocent thing's inside of data.
+    """
+    if len(_WORD.findall(name)) < 2 and not any(part in name.upper() for part in _ANYWHERE):
+        return False
     texts = value if isinstance(value, (list, tuple)) else [value]
-    return looks_secret(name) and any(isinstance(text, str) and _is_told(text) for text in texts)
+    return looks_secret(name) and any(isinstance(text, str) and _is_findable(text) for text in texts)
 
 
 def mask_words(words: Sequence[str]) -> list[str]:
@@ -116,12 +123,15 @@ def mask_words(words: Sequence[str]) -> list[str]:
         is_value = before.startswith("--") and "=" not in before
         is_value |= i > 1 and words[i - 2] in ("-p", "--param", "--parameters")
         name, equals, value = word.partition("=")
+        inside = _secrets_of_data(word) | _secrets_of_data(value)
         if is_value and looks_secret(before) and not word.startswith("--") and _is_told(word):
             masked.append(MASK)
+        elif inside or word[:1] in ("{", "["):
+            masked.append(mask(word, inside | secret_values({"": word})))
         elif equals and looks_secret(name) and _is_told(value):
             masked.append(f"{name}={MASK}")
         else:
-            masked.append(mask(word, secret_values({"": word}) | _secrets_of_json(value or word)))
+            masked.append(mask(word, secret_values({"": word})))
     return masked
 
 
@@ -237,15 +247,12 @@ def _is_path(value: str) -> bool:
     return value.startswith(("/", "~")) and len(parts) > 1 and Path(*parts[:2]).exists() and "\n" not in value
 
 
-def _secrets_of_json(text: str) -> set[str]:
-    """The secrets in a text that is a JSON object."""
-    if not text.startswith("{"):
-        return set()
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return set()
-    return secret_values(found) if isinstance(found, Mapping) else set()
+def _secrets_of_data(text: str) -> set[str]:
+    """The secrets in a text that is a mapping or a list, as JSON or as Python writes it."""
+    for read in (json.loads, ast.literal_eval) if text[:1] in ("{", "[") else ():
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return secret_values({"": read(text)})
+    return set()
 
 
 def _is_told(value: Any) -> bool:

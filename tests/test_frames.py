@@ -34,7 +34,7 @@ def test_places(file: str, place: str, own: bool, library: bool) -> None:
 
 def test_the_users_own_line_goes_before_biokits() -> None:
     torch, user = Frame(TORCH, 1, "f"), Frame("/home/u/train.py", 2, "g")
-    biokit, starter = Frame(f"{PACKAGE}trainer.py", 3, "h"), Frame(f"{PACKAGE}launch/rank.py", 4, "main")
+    biokit, starter = Frame(f"{PACKAGE}trainer.py", 3, "h"), Frame(f"{PACKAGE}launch/supervision/rank.py", 4, "main")
     assert find_own([torch, biokit, user, starter]) == 2
     assert find_own([torch, biokit, Frame(f"{PACKAGE}train.py", 5, "i"), starter]) == 1
     assert find_own([torch, starter, Frame("... 9 more frames ...", 0, "")]) == -1

@@ -76,6 +76,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunFolder, Any, bool,
         ("", "x = 1\ny = = 2\n", "the cell: line 3 is no Python (invalid syntax): y = = 2."),
         ("", "if True:\n    !ls\n", "line 3 is IPython's: !ls"),
         ("", "x = 1\0\n", "the cell"),
+        ("", 's = """\n%d items\n"""\n\nx = = 3\n', "line 6 is no Python"),
         ("a" * 5000, None, "aaa[...]: there is no such file"),
         ("--no-python nosuch", None, "--no-python nosuch: there is no such program"),
         ("--dry-run -m nosuchmod.x", None, "-m nosuchmod.x: there is no such module"),
@@ -199,8 +200,10 @@ def test_values_are_never_flags(shell: InteractiveShell, started: list[Any]) -> 
     assert not started
     shell.run_line_magic("torchrun", "--bg --rdzv-id={name} --rdzv-endpoint localhost:0 s.py {flag} {number}")
     assert started.pop()[1].program == ("s.py", "--detach", "-0.001")
-    with pytest.raises(UsageError, match="would be read as a flag"):
-        shell.run_cell_magic("ranks", "{flag}", "1")
+    shell.user_ns["end"] = "--"
+    for magic, line in (("ranks", "{flag}"), ("torchrun", "--nproc-per-node 2 {end} --bg")):
+        with pytest.raises(UsageError, match="would be read as a flag"):
+            shell.run_cell_magic(magic, line, "1")
 
 
 def test_hidden_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,8 @@ from biokit.launch.orders import GIVEN, HERE, NODES, SLURM, Order, has_own_outpu
         (("--max-restarts", "3"), True),
         (("--nnodes", "1:2"), True),
         (("--nnodes=2",), False),
+        (("--max_restarts=0", "--standalone"), False),
+        (("--nnodes=1:2", "--standalone"), True),
     ],
 )
 def test_whose_torchrun_starts_ranks_again(flags: tuple[str, ...], elastic: bool) -> None:

@@ -33,6 +33,7 @@ PLAIN = [
     "PYTHONHASHSEED", "PWD", "OLDPWD", "pad_token", "bos_token_id", "mask_token", "TOKENIZERS_PARALLELISM",
     "num_tokens", "tokens_per_s", "tokenizer", "GIT_AUTHOR_NAME", "SSH_AUTH_SOCK", "KEYBOARD_LAYOUT", "token_accuracy",
     "KEY_FILE", "keys", "bypass", "AUTH_METHOD", "lr", "", "pat", "PATIENCE", "max_tokens", "train_tokens",
+    "smarts_pat",
 ]  # fmt: skip
 
 
@@ -89,6 +90,13 @@ def test_words_that_hold_more_than_a_value_are_masked() -> None:
     assert mask_words(words) == [
         "train.py", "--conf", masked, f"--conf={masked}", "--url", f"https://anna:{MASK}@host/x", f"db=pg://u:{MASK}@h"
     ]  # fmt: skip
+    for text in (
+        '{"hf_token": "hf_0123abc="}',
+        '{"url": "https://h/x?a=1", "hf_token": "hf_0123abc="}',
+        "{'hf_token': 'hf_0123abc='}",
+        'conf=[{"hf_token": "hf_0123abc="}]',
+    ):
+        assert mask_words([text]) == [text.replace("hf_0123abc=", MASK)]
     assert mask_values({"url": "https://anna:pa55word@host"}) == {"url": f"https://anna:{MASK}@host"}
 
 

@@ -22,7 +22,7 @@ from biokit.launch.commands.submit import add_arguments, prepare
 from biokit.launch.magics.slurm_magics import SubmitMagics
 from biokit.launch.orders import read_order
 from biokit.launch.run import Run
-from biokit.launch.slurm import following
+from biokit.launch.slurm import following, jobs
 from biokit.launch.slurm.jobs import read_job, submit_script
 from biokit.launch.slurm.submission import Submission
 from biokit.launch.slurm.sweeps import combine, read_values, task_name
@@ -145,15 +145,40 @@ def test_a_job_that_slurm_does_not_take_has_failed(fake: FakeSlurm) -> None:
     assert run.status == "queued"
 
 
+def test_a_notebook_that_slurm_does_not_take_has_failed(fake: FakeSlurm, notebook: Path) -> None:
+    made = prepared(notebook)
+    made.write()
+    fake.answer(sbatch=(1, "", "sbatch: error: invalid partition\n"))
+    with pytest.raises(BiokitError, match="invalid partition"):
+        made.send()
+    assert Run.attach(made.root).status == "failed"
+
+
+def test_a_job_for_another_machine_has_not_failed(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is sent by hand, from where Slurm is."""
+    made = prepared("small.yaml")
+    made.write()
+    monkeypatch.setattr(jobs.shutil, "which", lambda _: None)
+    with pytest.raises(BiokitError, match="sbatch is not on this machine"):
+        made.send()
+    job = read_job(made.root)
+    assert job is not None and job.outcome == ""
+
+
 def test_values_that_begin_with_a_hyphen(fake: FakeSlurm, notebook: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert prepared(notebook, "-p", "lr", "-1e-3").members[0].job.parameters == {"lr": -1e-3}
-    assert prepared(notebook, "-p", "note", "-p", "-p", "lr", "--nodes").members[0].job.parameters == {
-        "note": "-p", "lr": "--nodes"
+    assert prepared(notebook, "-p", "note=--nodes", "-p", "lr=-0.5").members[0].job.parameters == {
+        "note": "--nodes", "lr": -0.5
     }  # fmt: skip
     assert main(["submit", str(notebook), "-p", "lr", "-1e-3", "--dry-run"]) == 0
+    assert main(["submit", str(notebook), "-p", "lr=3", "--dry-run"]) == 0
+    assert "#SBATCH" in capsys.readouterr().out and fake.said == []
+    for words in (["-p", "lr", "--dry-run"], ["-p", "note", "-p", "lr", "1"]):
+        assert main(["submit", str(notebook), *words]) == 2
+        assert "follows in place of a value" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["submit", str(notebook), "-p", "lr"])
-    assert "give a name and a value: -p NAME VALUE" in capsys.readouterr().err
+    assert "give a name and a value: -p NAME VALUE" in capsys.readouterr().err and fake.said == []
 
 
 def test_an_array_has_a_folder_for_each(fake: FakeSlurm, tmp_path: Path) -> None:
@@ -271,11 +296,14 @@ def test_the_magic(fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     magics = SubmitMagics(shell)
     assert magics.submit("small.yaml --job-name {odd} --dry-run") is None
     assert """--job-name='it'"'"'s; $(touch PWNED)'""" in capsys.readouterr().out
-    shell.user_ns |= {"flag": "--no-follow", "low": -1e-3}
+    shell.user_ns |= {"flag": "--no-follow", "low": -1e-3, "p": "-p"}
     with pytest.raises(UsageError, match=r"train\.lr is -0\.001\. Valid: 0 or more"):
         magics.submit("small.yaml -p train.lr {low} --dry-run")
-    with pytest.raises(UsageError, match="would be read as a flag"):
-        magics.submit("small.yaml {flag}")
+    for line in ("small.yaml {flag}", "small.yaml {p} train.lr 1"):
+        with pytest.raises(UsageError, match="would be read as a flag"):
+            magics.submit(line)
+    assert magics.submit("small.yaml -p data.smiles_column {flag} --dry-run") is None
+    assert "#SBATCH" in capsys.readouterr().out
     assert magics.submit("--help") is None and "NOTEBOOK|CONFIG" in capsys.readouterr().out
     for line in ("--bogus", "small.yaml --nodes none", "nope.yaml"):
         with pytest.raises(UsageError):

@@ -216,13 +216,15 @@ def test_hostile_files_are_refused(tmp_path: Path) -> None:
     [
         ({"hf_token": "hf_abcdef123456"}, 'cfg["hf_token"]'),
         ({"hub": [{"api_key": "k-123456"}]}, 'cfg["hub"][0]["api_key"]'),
-        ({"api_keys": 3, "auth": ("basic", "pa55word")}, 'cfg["auth"]'),
+        ({"api_keys": 3, "basic_auth": ("basic", "pa55word")}, 'cfg["basic_auth"]'),
+        ({"password": "pa55word"}, 'cfg["password"]'),
     ],
 )
 def test_secrets_inside_of_values_are_found_by_name(value: Any, place: str) -> None:
     with pytest.raises(DataError, match=re.escape(f"--with cfg: {place} holds a secret")):
         check_values({"cfg": value}, "--with")
-    check_values({"cfg": {"attention.key": [1.0], "pad_token": "<PAD>", "num_tokens": 7}})
+    check_values({"cfg": {"attention.key": [1.0], "pad_token": "<PAD>", "num_tokens": 7, "api_key": "none"}})
+    check_values({"rows": [{"token": "C", "id": 3}, {"key": "smiles_column", "auth": "anonymous"}]})
     with pytest.raises(DataError, match="--with hf_token: hf_token holds a secret"):
         check_values({"hf_token": ["hf_abcdef123456"]}, "--with")
 

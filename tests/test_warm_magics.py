@@ -173,3 +173,23 @@ def test_layouts_are_compared(kernel: Kernel, tmp_path: Path) -> None:
     assert {"image/png", "text/html"} <= set(output.data[-1]) and "within" in output.data[-1]["text/plain"]
     output = kernel.run("%check_parallel mine 1 dp3")
     assert output.status == "error" and "dp3: train.global_batch_size=8" in output.text
+
+
+def test_ranks_in_a_folder_of_the_users(kernel: Kernel) -> None:
+    folder = Path(kernel.process.cwd())
+    (folder / "mine" / "cells").mkdir(parents=True)
+    (folder / "mine" / "cells" / "hela.csv").touch()
+    (folder / "file").touch()
+    kernel.run("%ranks --restart -n 1")
+    assert kernel.run("%%ranks\nkept = 3").status == "ok"
+    for path, words in (("file", "it is a file"), ("r" * 300, "File name too long")):
+        output = kernel.run(f"%ranks --restart --run-dir {path}")
+        assert output.text.startswith("UsageError") and words in output.text
+    assert "Start new ones: %ranks --restart --run-dir mine" in kernel.run("%%ranks --run-dir mine\n1").text
+    assert kernel.run("%%ranks\nprint(kept)").text == "3\n"  # the old ones are there
+    for _ in range(2):  # the errors of earlier ranks of the folder are not those of new ones
+        kernel.run("%ranks --restart -n 1 --run-dir mine")
+        assert "division by zero" in kernel.run("%%ranks\n1 / 0").error["evalue"]
+        assert kernel.run("%%ranks\nprint('well')").text == "well\n"
+    assert (folder / "mine" / "cells" / "hela.csv").exists()
+    kernel.run("%ranks --stop")

@@ -14,6 +14,7 @@ from biokit.flags import read_flags
 from biokit.launch.facts import asked_file
 from biokit.launch.orders import GIVEN, HERE, TRAIN, Order, read_order
 from biokit.launch.run import Run, start_run
+from biokit.launch.training_order import check_lives
 from biokit.runs import RunFolder, write_atomically
 from biokit.secrets import MASK
 
@@ -63,6 +64,7 @@ def _with_config(order: Order, new: RunFolder, overrides: Sequence[str]) -> Orde
 
     _, (name, *words), _ = read_flags(order.program[len(TRAIN) :])
     config = load_config(name, [*words, *overrides, f"run_dir={new.path}"])
+    check_lives(config, order.max_lives)
     facts: dict[str, object] = {"config_hash": config_hash(config)}
     if layout := order.facts.get("layout"):
         facts["layout"] = find_layout(config, int(layout["world_size"])).as_dict()

@@ -76,7 +76,7 @@ def read_git(where: Path) -> dict[str, Any]:
     return {}
 
 
-def describe_run(folder: RunFolder, status: str = "") -> dict[str, Any]:
+def describe_run(folder: RunFolder, status: str = "", with_settings: bool = False) -> dict[str, Any]:
     """The facts of a run's card: what was asked, from which state of what, and where it stands.
 
     Entries that are not known are left out: `run, status, kind, life, last_life, step, num_steps, loss, started, ended,
@@ -103,7 +103,7 @@ def describe_run(folder: RunFolder, status: str = "") -> dict[str, Any]:
         "layout": manifest.get("layout") or facts.get("layout"),
         "num_parameters": manifest.get("num_parameters"),
         "config_hash": manifest.get("config_hash") or facts.get("config_hash"),
-        "settings": _changed_settings(folder),
+        "settings": _changed_settings(folder) if with_settings else {},
         "data_hash": manifest.get("data_hash"),
         "git": facts.get("git"),
         "python": facts.get("python"),

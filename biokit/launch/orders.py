@@ -62,8 +62,8 @@ class Order:
 
     @property
     def saves_on_sigterm(self) -> bool:
-        """Whether its program is a training of biokit, which saves a checkpoint before it ends."""
-        return self.program[:3] == TRAIN
+        """Whether it is a training of biokit, by whatever name, which saves a checkpoint before it ends."""
+        return self.kind == "train" or self.program[: len(TRAIN)] == TRAIN
 
     def line(self) -> str:
         """The command line that starts the same by hand; words are quoted for a shell. Of several nodes it is each
@@ -87,7 +87,7 @@ def flag_name(word: str) -> str:
 def flag_pairs(words: Sequence[str]) -> list[tuple[str, str]]:
     """Flags of torchrun, by `flag_name`, and what follows each, which may be the next flag."""
     joined = [(flag_name(word), word.partition("=")[2]) for word in words if word.startswith("-") and "=" in word]
-    return joined + [(flag_name(word), value) for word, value in itertools.pairwise(words)]
+    return joined + [(flag_name(word), value) for word, value in itertools.pairwise(words) if "=" not in word]
 
 
 def has_own_output(order: Order) -> bool:

@@ -148,7 +148,7 @@ class Run:
     @property
     def card(self) -> Card:
         """What it is, from what it was made, and where it stands."""
-        return run_card(describe_run(self.folder, self.status))
+        return run_card(describe_run(self.folder, self.status, with_settings=True))
 
     def logs(self, rank: int = 0, num_lines: int | None = None, *, life: int = 0) -> str:
         """What a rank printed: standard output and error together, in order; where torchrun's own flags (`--tee`,
@@ -162,7 +162,7 @@ class Run:
             RunError: other ranks have printed, this one has not.
         """
         files = self.folder.life(life or self.life)
-        file = files.agent_log(0) if self._has_own_output() else files.output_file(rank)
+        file = files.log_of_agent_of(rank) if self._has_own_output() else files.output_file(rank)
         if not file.exists():
             there = sorted(int(path.stem.removeprefix("rank_")) for path in file.parent.glob("rank_*.log"))
             if there and self.ended:  # until then it may still begin
@@ -232,7 +232,7 @@ class Run:
         owned = self.owned
         limit_s = math.inf if timeout_s is None else timeout_s
         try:
-            follow(self, timeout_s=limit_s, show=show, stops=owned and self.kind == "train")
+            follow(self, timeout_s=limit_s, show=show, stops=owned and self._saves())
         except KeyboardInterrupt:
             if owned and self.alive:
                 self._signal_and_end(signal.SIGINT, AT_ONCE_S)
@@ -248,6 +248,12 @@ class Run:
         status = self.status
         if status in FINAL_STATES and status not in ENDED_WELL:
             raise explain_end(self.folder, status, self.kind)
+
+    def _saves(self) -> bool:
+        """Whether it saves a checkpoint when it is asked to stop."""
+        with contextlib.suppress(RunError):
+            return read_order(self.folder).saves_on_sigterm
+        return True  # nobody ordered it: `biokit train` by hand
 
     def _has_own_output(self) -> bool:
         with contextlib.suppress(RunError):

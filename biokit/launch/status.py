@@ -67,6 +67,8 @@ def read_status(folder: RunFolder) -> str:
 def _status_here(folder: RunFolder) -> str:
     """As far as the run folder and the processes of this host say."""
     said = read_state(folder)
+    if said is None and (refused := _outcome_of_job(folder)):
+        return refused
     if said is None:
         return _status_of_order(folder) if folder.launch_file.exists() else _status_of_training(folder)
     if said.is_over:
@@ -97,11 +99,18 @@ def _outcome(folder: RunFolder, said: SupervisorState) -> str:
     return said.outcome or FAILED
 
 
+def _outcome_of_job(folder: RunFolder) -> str:
+    """How a job ended that Slurm has not taken; empty: there is none."""
+    with contextlib.suppress(RunError):
+        job = read_job(folder)
+        return job.outcome if job is not None and not job.job_id else ""
+    return ""
+
+
 def _status_of_order(folder: RunFolder) -> str:
     """Of a run whose supervisor has not spoken yet."""
-    with contextlib.suppress(RunError):
-        if (job := read_job(folder)) is not None and (job.job_id or job.outcome):
-            return "queued" if job.job_id else job.outcome
+    if find_job(folder):
+        return "queued"
     return "starting" if time.time() - _written(folder.launch_file) < START_S else "lost"
 
 

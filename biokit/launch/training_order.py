@@ -38,9 +38,7 @@ def training_order(
     from biokit.launch.torchrun import one_thread
     from biokit.layouts import find_layout
 
-    if max_lives > 1 and not config.resume:
-        found = f"resume=false: each of {max_lives} lives but the first would have to"
-        raise ConfigError("go on from a checkpoint", found, "Leave resume out, or ask for one life")
+    check_lives(config, max_lives)
     layout = find_layout(config, num_nodes * num_processes)
     return Order(
         "train",
@@ -54,3 +52,14 @@ def training_order(
         environment={"TQDM_DISABLE": "1", **({} if layout.world_size == 1 else one_thread(environment))},
         facts={"config_hash": config_hash(config), "layout": layout.as_dict()},
     )
+
+
+def check_lives(config: RunConfig, max_lives: int) -> None:
+    """Nothing, where each life can go on where the one before it ended.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if max_lives > 1 and not config.resume:
+        found = f"each of {max_lives} lives but the first goes on from a checkpoint"
+        raise ConfigError("resume=false", found, "Leave it out, or ask for one life")

@@ -100,6 +100,11 @@ def end_tree(
     return left
 
 
+def signal_tree(number: signal.Signals, spared: Collection[psutil.Process] = ()) -> None:
+    """Signal all descendants of this process but the spared ones and theirs."""
+    _signal(list_descendants(spared=spared), number)
+
+
 def reap_adopted(own: Collection[int]) -> None:
     """Let the zombies go that this process inherited as a subreaper; `own`: children that somebody waits for."""
     for child in psutil.Process().children():

@@ -53,6 +53,8 @@ def look(script: str, notebook: str, root: Path, **parameters: object) -> dict[s
     papermill.execute_notebook(path, root / "live.ipynb", parameters, prepare_only=True, progress_bar=False)
     pictures = Path(os.environ.get("BIOKIT_SCREENSHOTS", root))
     pictures.mkdir(parents=True, exist_ok=True)
+    for old in pictures.glob(f"{stem}_*.png"):
+        old.unlink()
     with _jupyterlab(root) as address:
         command = ["node", str(HERE / script), f"{address}/lab/tree/live.ipynb?reset", str(pictures / stem)]
         command += [str(shutil.which("chromium")), str(root / "profile")]

@@ -68,10 +68,12 @@ def _asked_to_save(run: Run) -> Started | None:
 
 def end_now(folder: RunFolder) -> None:
     """End a run that this process started, without waiting for a checkpoint; returns when nothing of it is left."""
+    started = find_started(folder)
+    if started is not None and not started.alive:
+        return
     with contextlib.suppress(RunError):
         folder.request_stop()  # heard even by a supervisor whose start was interrupted before it was known here
-    started = find_started(folder)
-    if started is None or not started.alive:
+    if started is None:
         return
     started.process.send_signal(signal.SIGINT)
     try:

@@ -234,7 +234,8 @@ def _split_line(words: Sequence[str]) -> _Split:
 
 def _split_cell(words: Sequence[str]) -> _Split:
     split = _Split(program=CELL)
-    end = words.index("--") if "--" in words else len(words)
+    plain = (i for i, word in enumerate(words) if word == "--" and not isinstance(word, GivenWord))
+    end = next(plain, len(words))
     split.words = [word for _, word in _take_own(words[:end], split)]
     split.arguments = list(words[end + 1 :])
     return split

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from IPython.core.error import UsageError
@@ -13,7 +13,7 @@ from biokit.errors import BiokitError
 from biokit.launch.commands.parameters import join_parameters
 from biokit.launch.commands.submit import add_arguments, prepare
 from biokit.launch.failed_run import told_shortly
-from biokit.launch.magics.magic_line import refuse_given_flag, split_words
+from biokit.launch.magics.magic_line import GivenWord, refuse_given_flag, split_words
 from biokit.runs import RunFolder
 
 
@@ -46,9 +46,7 @@ class SubmitMagics(Magics):
         """
         try:
             words = split_words(line, {**self.shell.user_ns, **(local_ns or {})}, "%submit")
-            for word in join_parameters(words):
-                refuse_given_flag(word, "%submit")
-            options = make_parser().parse_args(join_parameters(words))
+            options = make_parser().parse_args(join_parameters(_plain_words(words)))
             submission = None if options.follow else prepare(options)
         except _Helped:
             return None
@@ -62,6 +60,22 @@ class SubmitMagics(Magics):
         job_id = submission.send()
         print(f"submitted as job {job_id}; run folder: {submission.root.path}")
         return follow(submission.root) if not options.no_follow else attach(submission.root)
+
+
+def _plain_words(words: Sequence[str]) -> list[str]:
+    """The words, of which no value of the notebook is taken for a flag, not even as the value of a parameter.
+
+    Raises:
+        ConfigError: one stands where a flag would.
+    """
+    plain: list[str] = []
+    for i, word in enumerate(words):
+        if i > 1 and words[i - 2] == "-p" and not isinstance(words[i - 2], GivenWord):
+            plain[-1] += f"={word}"
+        else:
+            refuse_given_flag(word, "%submit")
+            plain.append(word)
+    return plain
 
 
 def make_parser() -> argparse.ArgumentParser:

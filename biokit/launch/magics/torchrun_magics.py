@@ -290,8 +290,8 @@ def _check_python(cell: str) -> None:
     except SyntaxError as error:
         number = error.lineno or 2
         text = lines[number - 2] if 2 <= number < len(lines) + 2 else ""
-        others = [(number, text), *enumerate(lines, start=2)]  # the mistake may be said of the line before or after
-        for at, line in others:
+        for at in (number, number - 1, number + 1):  # the mistake may be said of the line before or after
+            line = lines[at - 2] if 2 <= at < len(lines) + 2 else ""
             if line.lstrip().startswith(("%", "!")):
                 raise _refuse_line(at, line.strip()) from None
         found = f"line {number} is no Python ({error.msg}): {mask(text.strip())[:MAX_SHOWN]}"

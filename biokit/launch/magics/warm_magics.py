@@ -15,11 +15,12 @@ from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class
 from IPython.display import display
 
 from biokit.config import RunConfig, config_to_yaml, load_config
-from biokit.errors import ConfigError, DataError
+from biokit.errors import ConfigError, DataError, RunError
 from biokit.launch.failed_run import RunFailed, told_shortly
 from biokit.launch.magics.magic_line import MagicLine, refuse_given_flag, split_words
 from biokit.launch.magics.torchrun_magics import check_cell, drawing_environment, new_folder
 from biokit.launch.output import OutputTail
+from biokit.launch.started import check_free
 from biokit.launch.values import check_values, part_secrets, read_values
 from biokit.launch.warm.pool import Cell, CellEnd, Pool
 from biokit.runs import RunFolder
@@ -110,11 +111,12 @@ class WarmMagics(Magics):
         """What the line magic asks for."""
         if options.stop or options.restart:
             num_ranks = options.num_ranks or (len(self.pool.members) if self.pool else NUM_RANKS)
+            folder = self._find_folder(options.run_dir)  # before the old ranks are ended
             if self.pool is not None:
                 self.pool.end()
                 self.pool = None
             if options.restart:
-                self._start(num_ranks, options.run_dir)
+                self._start(num_ranks, folder)
             return None
         pool = self._pool_now()
         if pool is None:
@@ -133,7 +135,7 @@ class WarmMagics(Magics):
         """
         pool = self._pool_now()
         if pool is None:
-            return self._start(num_ranks or NUM_RANKS, run_dir)
+            return self._start(num_ranks or NUM_RANKS, self._find_folder(run_dir))
         if run_dir and Path(run_dir).absolute() != pool.folder.path.absolute():
             found = f"the ranks that are there have {pool.folder.path}"
             raise ConfigError(
@@ -163,9 +165,22 @@ class WarmMagics(Magics):
             print("The ranks have ended since the last cell, and their variables are lost.")
         return self.pool
 
-    def _start(self, num_ranks: int, run_dir: str) -> Pool:
+    def _find_folder(self, run_dir: str) -> RunFolder:
+        """The folder for new ranks; "": a new one.
+
+        Raises:
+            ConfigError: it cannot be one, or another run is alive in it.
+        """
         folder = RunFolder(Path(run_dir) if run_dir else new_folder("ranks"))
-        folder.check_path()
+        try:
+            folder.check_path()
+            if self.pool is None or folder.path.resolve() != self.pool.folder.path.resolve():
+                check_free(folder)
+        except RunError as error:
+            raise ConfigError(error.asked, error.found, error.do) from error
+        return folder
+
+    def _start(self, num_ranks: int, folder: RunFolder) -> Pool:
         print(f"starting {num_ranks} warm rank{'s' if num_ranks > 1 else ''}", flush=True)
         self.pool = Pool(folder, num_ranks, drawing_environment())
         self._tail = OutputTail(folder, labelled=num_ranks > 1, first_life=self.pool.life)

@@ -33,6 +33,10 @@ ACTIVE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_O
 UNKNOWN = "UNKNOWN"  # Slurm has forgotten the job, or does not answer
 
 
+class SlurmRefusal(RunError):
+    """Slurm says no."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A job as its run folder remembers it.
@@ -230,7 +234,8 @@ def ask_slurm(
 
     Raises:
         EngineError: the command is not there.
-        RunError: it fails, or does not answer.
+        SlurmRefusal: it fails.
+        RunError: it does not answer.
     """
     try:
         done = subprocess.run(
@@ -252,7 +257,7 @@ def ask_slurm(
     if fails is not None and "invalid job id" in done.stderr.lower():
         return fails
     found = " ".join((done.stderr.strip() or f"{words[0]} ended with exit code {done.returncode}").split())
-    raise RunError(asked, found, "Mend what it names; options of your own stand in the site file")
+    raise SlurmRefusal(asked, found, "Mend what it names; options of your own stand in the site file")
 
 
 def _list_queue(*job_ids: str) -> list[QueueEntry]:

@@ -73,10 +73,13 @@ class Node:
         """To the end of the life here; the exit code for srun."""
         signal.signal(signal.SIGTERM, self._note_signal)
         signal.signal(signal.SIGINT, self._note_signal)
-        why = ""
+        why, told = "", False
         while not why and not self.life.is_over:
             time.sleep(self.limits.poll_s)
             self._ask_ranks(self._watchdog.look())
+            if self._told_at and not told and self.order.saves_on_sigterm and self.order.kind != "train":
+                told = True  # there is no STOP file that it would see
+                self.life.terminate()
             why = self._watchdog.fault or self.leader.gone() or self._too_late()
         code = self.life.poll()[0]
         if why:
@@ -86,7 +89,7 @@ class Node:
 
     def _too_late(self) -> str:
         """SIGTERM goes to all nodes and to the supervisor alike, which gives a training time for its checkpoint."""
-        patience_s = self.limits.checkpoint_s if self.order.kind == "train" else 0.0
+        patience_s = self.limits.checkpoint_s if self.order.saves_on_sigterm else 0.0
         return "terminated" if self._told_at and time.monotonic() - self._told_at > patience_s else ""
 
     def _ask_ranks(self, reason: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from biokit.config import RunConfig, config_to_yaml, load_config, parse_override
-from biokit.errors import BiokitError, ConfigError, RunError
+from biokit.errors import ConfigError, RunError
 from biokit.launch.facts import asked_file, collect_facts
 from biokit.launch.orders import HERE, SLURM, Order, write_order
 from biokit.launch.slurm import jobs
@@ -113,7 +113,7 @@ class Submission:
         """
         try:
             job_id, now = jobs.submit_script(self.script_file), round(time.time(), 3)
-        except BiokitError as error:  # else it would seem to wait in the queue
+        except jobs.SlurmRefusal as error:  # else it would seem to be on its way
             for member in self.members:
                 write_job(member.folder, replace(member.job, outcome=FAILED, error=str(error)))
             raise

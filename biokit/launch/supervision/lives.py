@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Collection, Mapping
@@ -14,7 +15,7 @@ from biokit.errors import RunError
 from biokit.launch.orders import Order
 from biokit.launch.supervision.agent_file import PARENT, note_end
 from biokit.launch.supervision.placement import Agent, place_agents
-from biokit.launch.tree import end_tree, reap_adopted
+from biokit.launch.tree import end_tree, reap_adopted, signal_tree
 from biokit.runs import RunFolder
 
 
@@ -70,6 +71,10 @@ class Life:
     def is_alone(self) -> bool:
         """Whether it has no agent but one."""
         return len(self.agents) == 1
+
+    def terminate(self) -> None:
+        """Send all that is left SIGTERM, and wait for nothing."""
+        signal_tree(signal.SIGTERM, self._spared)
 
     def end(self, grace_s: float) -> None:
         """End all that is left: SIGTERM, after `grace_s` seconds SIGKILL."""

@@ -3,8 +3,8 @@
 `python -m biokit.launch.supervision.supervisor RUN_DIR [--node-rank N] [--owner PID]`. Everybody else only reads and
 writes files of the run folder; this process alone starts and ends the run's processes, all its descendants.
 
-Asked to end: SIGTERM, SIGUSR2, SIGHUP and the STOP file let a training save a checkpoint; SIGINT, the time limit and
-the end of the owner do not.
+Asked to end: SIGTERM, SIGUSR2, SIGHUP and the STOP file let a training save a checkpoint, and so does the first SIGINT
+in a terminal; any other SIGINT, the time limit and the end of the owner do not.
 """
 
 from __future__ import annotations
@@ -103,11 +103,13 @@ class Supervisor:
         self.folder, self.order, self.node_rank, self.owner, self.limits = folder, order, node_rank, owner, limits
         self.state = SupervisorState.of_this_process(order.max_lives)
         self.spares_interrupt = False  # the first one asks for a checkpoint
+        self._was_interrupted = False
         self._failure: failures.Failure | None = None
         self._spared: list[psutil.Process] = []
         self._signal = Ask.NOTHING
         self._asked_before = Ask.NOTHING
         self._stop_looked_at = 0.0
+        self._terminated = 0  # the life that was sent SIGTERM
         self._term_at = math.inf
         self._end_at = time.monotonic() + order.timeout_s if order.timeout_s > 0 else math.inf
 
@@ -180,11 +182,10 @@ class Supervisor:
         if ask >= Ask.TIME_OUT:
             return self._cut(life, ask)
         if ask in (Ask.STOP, Ask.TERMINATE):
-            if self.order.kind != "train":
-                life.end(self.limits.checkpoint_s if self.order.saves_on_sigterm else self.limits.grace_s)
+            if not self.order.saves_on_sigterm:
+                life.end(self.limits.grace_s)
                 return states.STOPPED
-            if not self.folder.stop_requested():  # again and again: a training that just starts clears an older one
-                self.folder.request_stop()
+            self._ask_to_save(life)
             if time.monotonic() > self._term_at + self.limits.checkpoint_s:
                 say(f"no checkpoint within {self.limits.checkpoint_s:g} s")
                 life.end(self.limits.grace_s)
@@ -199,6 +200,16 @@ class Supervisor:
             return states.FAILED
         return ""
 
+    def _ask_to_save(self, life: Life) -> None:
+        """Of a training: by the STOP file, which is its own; of a program that is one, elsewhere, by SIGTERM, once."""
+        if self.order.kind == "train":
+            if not self.folder.stop_requested():  # again and again: a training that just starts clears an older one
+                self.folder.request_stop()
+        elif self._terminated != life.number:
+            self._terminated = life.number
+            self._term_at = min(self._term_at, time.monotonic())
+            life.terminate()
+
     def _cut(self, life: Life, ask: Ask) -> str:
         """End a life without waiting for a checkpoint."""
         if ask == Ask.TIME_OUT:
@@ -208,6 +219,8 @@ class Supervisor:
 
     def _judge(self, life: Life) -> str:
         """The outcome of a life that ended by itself."""
+        if self._terminated == life.number:
+            return states.STOPPED
         status = life.training_status()
         if any(life.poll()) and not (self._ask() and status in (states.STOPPED, states.FINISHED)):
             return states.FAILED
@@ -218,7 +231,7 @@ class Supervisor:
         ask = self._ask()
         if ask == Ask.TIME_OUT:
             return states.TIMED_OUT
-        return states.INTERRUPTED if ask > Ask.TIME_OUT else states.STOPPED
+        return states.INTERRUPTED if ask > Ask.TIME_OUT or self._was_interrupted else states.STOPPED
 
     def _wait(self, seconds: float, number: int) -> None:
         """Until the next life is due, or something is asked."""
@@ -315,7 +328,7 @@ class Supervisor:
         def note(number: int, _frame: Any) -> None:
             ask = asks[signal.Signals(number)]
             if ask == Ask.INTERRUPT and self.spares_interrupt:
-                self.spares_interrupt, ask = False, Ask.TERMINATE
+                self.spares_interrupt, self._was_interrupted, ask = False, True, Ask.TERMINATE
             self._signal = max(self._signal, ask)
 
         if threading.current_thread() is not threading.main_thread():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import shutil
 import signal
 import socket
 import subprocess
@@ -33,6 +32,7 @@ from biokit.runs import RunFolder
 from biokit.secrets import mask
 from biokit.stacks import Hang, save_hang
 
+CELLS = "cells"  # folder of what each cell left
 START_S = 180.0  # for all ranks to come up
 NOTICE_S = 3.0  # for torchrun to notice that a rank is gone, and end the others
 EXIT_S = 2.0  # for ranks to end by themselves
@@ -108,7 +108,7 @@ class Pool:
         self.folder, self.num_cells, self.life = folder, 0, 0
         self.members: list[Member] = []
         folder.create()
-        shutil.rmtree(folder.path / "cells", ignore_errors=True)  # of earlier ranks: their errors are not these ones'
+        self._cells_before = _last_cell(folder)  # of earlier ranks: their errors are not these ones'
         token_file = folder.path.absolute() / "ranks.token"
         token = write_token(token_file)
         try:
@@ -150,7 +150,7 @@ class Pool:
             DataError: a value that cannot be given.
         """
         self.num_cells += 1
-        folder = RunFolder(self.folder.path / "cells" / f"{self.num_cells:04d}")
+        folder = RunFolder(self.folder.path / CELLS / f"{self._cells_before + self.num_cells:04d}")
         message = self._prepare(cell, folder)
         watch = CellWatch(self.members, self.folder.life(self.life), lambda: self._supervisor.poll() is None)
         watch.watch(message, cell.timeout_s, look)
@@ -288,3 +288,9 @@ class Pool:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+
+
+def _last_cell(folder: RunFolder) -> int:
+    """Number of the newest cell that earlier ranks ran in a folder; 0: none."""
+    names = [path.name for path in (folder.path / CELLS).glob("*")]
+    return max((int(name) for name in names if name.isascii() and name.isdecimal()), default=0)
