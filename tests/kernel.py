@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -79,7 +80,7 @@ def open_kernel(folder: Path, **variables: str) -> Iterator[Kernel]:
     """A kernel that runs in a folder; what it started is looked for by the test, and it is killed at the end."""
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
-    manager, client = start_new_kernel(kernel_name="python3", cwd=str(folder), env=environment)
+    manager, client = _start_kernel(str(folder), environment)
     try:
         kernel = Kernel(manager, client)
         assert kernel.run("%load_ext biokit").status == "ok"
@@ -88,6 +89,14 @@ def open_kernel(folder: Path, **variables: str) -> Iterator[Kernel]:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
         manager.cleanup_resources()
+
+
+def _start_kernel(folder: str, environment: dict[str, str]) -> tuple[KernelManager, BlockingKernelClient]:
+    """A kernel that answers: its ports are chosen before it binds them, and another process may take one meanwhile."""
+    for _ in range(2):
+        with contextlib.suppress(RuntimeError):
+            return start_new_kernel(kernel_name="python3", cwd=folder, env=environment)
+    return start_new_kernel(kernel_name="python3", cwd=folder, env=environment)
 
 
 def list_processes(folder: Path) -> list[psutil.Process]:
