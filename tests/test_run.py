@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import pickle
 import subprocess
 import sys
@@ -18,8 +17,8 @@ import pytest
 
 from biokit.config import load_config
 from biokit.errors import RunError
-from biokit.failures import Failure, RankError, collect_failure, save_failure
-from biokit.launch import started, status
+from biokit.failures import Failure, RankError, save_failure
+from biokit.launch import started
 from biokit.launch.orders import SLURM, Order, write_order
 from biokit.launch.run import Run, RunFailed, start_run, start_training
 from biokit.runs import MetricsWriter, RunFolder
@@ -360,36 +359,6 @@ def test_a_supervisor_that_died_without_a_word_is_not_awaited(
     run = start_run(folder, CELL)
     wait_until(lambda: run.ended)
     assert run.status == "lost"
-
-
-def test_a_supervisor_that_is_slow_to_speak_is_not_lost(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    asleep = [sys.executable, "-c", "import time; time.sleep(600)"]
-    processes = []
-
-    def start_asleep(where: RunFolder, order: Order, **_: Any) -> subprocess.Popen[bytes]:
-        write_order(where, order)
-        processes.append(subprocess.Popen(asleep))
-        return processes[-1]
-
-    monkeypatch.setattr(started, "start_supervisor", start_asleep)
-    monkeypatch.setattr(status, "START_S", 0.0)
-    run = start_run(folder, CELL)
-    assert Run.attach(folder.path).status == "starting" and not run.ended
-    processes[0].kill()
-    processes[0].wait()
-    assert run.status == "lost"
-
-
-def test_logs_of_torchruns_own_output(folder: RunFolder) -> None:
-    write_order(folder, Order("script", ("x.py",), ("--tee", "3")))
-    life = folder.life(1)
-    life.create()
-    life.agent_log(0).parent.mkdir(parents=True, exist_ok=True)
-    life.agent_log(0).write_text("[default0]:hello\n")
-    assert Run(folder).logs(0) == "[default0]:hello"
-    life.error_file(0).write_text(json.dumps({"rank": 0, "kind": "ValueError", "message": "x", "time": 1.0}))
-    failure = collect_failure(folder, 1)
-    assert (failure.logs, failure.tail) == (str(life.agent_log(0)), "[default0]:hello")
 
 
 def test_a_slurm_order_is_not_started_here(folder: RunFolder) -> None:
