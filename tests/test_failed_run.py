@@ -22,14 +22,6 @@ from biokit.runs import RunFolder
 CELL = Order("cell", ("cell.py",))
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> RunFolder:
-    """An empty run folder."""
-    run = RunFolder(tmp_path / "run")
-    run.create()
-    return run
-
-
 def test_a_folder_that_is_gone_promises_nothing(tmp_path: Path) -> None:
     error = explain_end(RunFolder(tmp_path / "gone"), "lost", "train")
     assert "Its folder is gone" in str(error) and "checkpoint" not in str(error)
@@ -48,7 +40,9 @@ def test_an_interrupt_is_told_in_one_line() -> None:
     assert caught.value._render_traceback_() == ["KeyboardInterrupt: the cell was interrupted"]
 
 
-def test_a_supervisor_that_is_slow_to_speak_is_not_lost(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_supervisor_that_is_slow_to_speak_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path)
+    folder.create()
     asleep = [sys.executable, "-c", "import time; time.sleep(600)"]
     processes = []
 
@@ -66,7 +60,8 @@ def test_a_supervisor_that_is_slow_to_speak_is_not_lost(folder: RunFolder, monke
     assert run.status == "lost"
 
 
-def test_logs_of_torchruns_own_output(folder: RunFolder) -> None:
+def test_logs_of_torchruns_own_output(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
     write_order(folder, Order("script", ("x.py",), ("--tee", "3")))
     life = folder.life(1)
     life.create()
