@@ -7,7 +7,7 @@ await lookAtRun(async (page, shoot) => {
     finished: outputOf("first = start_training"),
     failed: outputOf("os.kill(os.getpid(), signal.SIGKILL)"),
     hung: outputOf("time.sleep(600)"),
-    resumed: page.locator(".jp-CodeCell", { hasText: /^\s*\[.*\]:\s*resumed\s*/ }).locator(".jp-Cell-outputArea"),
+    resumed: page.locator(".jp-CodeCell", { hasText: /^\s*\[.*\]:\s*resumed\s*/ }).last().locator(".jp-Cell-outputArea"),
   };
   const panel = outputOf("start_training(longer, 2, timeout_s=timeout_s).dashboard()");
   const button = panel.locator("button.biokit-stop");
