@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,6 @@ def test_cards_and_dashboard_are_there(tmp_path: Path) -> None:
     assert "rank 1 was ended by SIGKILL" in texts["failed"] and "rank 0 lost another rank" in texts["failed"]
     assert "Rank 0 waits in all_reduce" in texts["hung"] and "time.sleep(600)" in texts["hung"]
     assert "60 of 60" in texts["resumed"]
-    assert seen["live"]["label"].startswith("running: step ")
+    assert re.match(r"(running|stopping): step [1-9]", seen["live"]["label"])  # the next cell stops it soon
     assert len(seen["widths"]) >= 5 and min(seen["widths"]) > 300  # no picture is broken
     assert all(path.stat().st_size > MIN_PICTURE_BYTES for path in seen["pictures"]) and len(seen["pictures"]) == 7
