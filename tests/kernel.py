@@ -16,6 +16,7 @@ import nbformat
 import psutil
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import KernelManager, start_new_kernel
+from jupyter_core.utils import ensure_event_loop
 
 REPOSITORY = Path(__file__).parents[1]
 CELL_S = 90.0
@@ -97,6 +98,15 @@ def _start_kernel(folder: str, environment: dict[str, str]) -> tuple[KernelManag
         with contextlib.suppress(RuntimeError):
             return start_new_kernel(kernel_name="python3", cwd=folder, env=environment)
     return start_new_kernel(kernel_name="python3", cwd=folder, env=environment)
+
+
+@contextmanager
+def thread_of_kernels() -> Iterator[None]:
+    """For a thread that starts or interrupts kernels: jupyter_client gives it an event loop, and leaves that open."""
+    try:
+        yield
+    finally:
+        ensure_event_loop().close()
 
 
 def list_processes(folder: Path) -> list[psutil.Process]:

@@ -18,7 +18,15 @@ from biokit.errors import RunError
 from biokit.launch.notebooks import run_notebook
 from biokit.launch.run import Run
 from biokit.runs import RunFolder
-from tests.kernel import Kernel, count_copies, list_processes, open_kernel, wait_until, write_notebook
+from tests.kernel import (
+    Kernel,
+    count_copies,
+    list_processes,
+    open_kernel,
+    thread_of_kernels,
+    wait_until,
+    write_notebook,
+)
 from tests.small_run import small_config
 
 ODD = "a b\"c'; touch X # $(touch Y) `touch Z` {x} $x \n end"
@@ -143,7 +151,8 @@ def test_an_interrupt_lets_a_training_save(kernel: Kernel) -> None:
     def interrupt() -> None:
         wait_until(lambda: len(run.read_metrics()) > 3)
         sent.append(time.monotonic())
-        kernel.manager.interrupt_kernel()
+        with thread_of_kernels():
+            kernel.manager.interrupt_kernel()
 
     thread = threading.Thread(target=interrupt)
     thread.start()
