@@ -85,6 +85,8 @@ class RankError:
         at = f" ({self.place})" if self.place else ""
         if self.lost_peer:
             return f"lost another rank{at}"
+        if self.is_signal and self.is_effect:
+            return f"was ended by {self.kind} with the run"
         if self.is_signal:
             return f"was ended by {self.kind}" + (f": {first}" if first else "")
         return f"failed{at}: {self.kind}" + (f": {first}" if first else "")

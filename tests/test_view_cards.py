@@ -97,7 +97,7 @@ def test_what_came_before_and_what_failed_too() -> None:
         assert f"Before it (the cause of the next): KeyError: {EVIL}" in text
         assert "By itself too: rank 5 failed (cell line 12): OSError: disk" in text
         text = " ".join(text.split())  # text is wrapped
-        assert "3 other ranks went with it" in text and "rank 3 was ended by SIGTERM: ended from outside" in text
+        assert "3 other ranks went with it" in text and "rank 3 was ended by SIGTERM with the run" in text
 
 
 def test_ranks_that_failed_alike_are_one_line() -> None:
