@@ -13,7 +13,7 @@ from biokit import __version__
 from biokit.errors import BiokitError, ConfigError
 from biokit.launch.commands import launch
 from biokit.launch.commands.parameters import add_parameters, join_parameters, read_parameters
-from biokit.view import plan_command
+from biokit.view import data_command, plan_command
 
 EXIT_USER_ERROR = 2
 # commands that take a configuration, and their flags that are none of its keys
@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_parser(commands)
     submit.add_parser(commands)
     plan_command.add_parser(commands)
+    data_command.add_parser(commands)
 
     doctor = commands.add_parser("doctor", help="versions, engines, kernels, devices; what to install for more")
     doctor.set_defaults(run=_run_doctor)

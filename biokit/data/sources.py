@@ -10,7 +10,7 @@ from biokit.config import DataConfig
 from biokit.data.columns import PARTS
 from biokit.data.paths import expand_paths, is_table, list_tables
 from biokit.data.split import PART_NAMES
-from biokit.datasets import DATASETS, locate
+from biokit.datasets import DATASETS, find_dataset, locate
 from biokit.errors import DataError
 
 
@@ -57,8 +57,15 @@ def _find(config: DataConfig) -> list[Source]:
     if base.is_dir():
         return _read_folder(base)
     if not base.exists() and (config.dataset_path in DATASETS or _is_bare_name(config.dataset_path)):
-        return [Source(locate(config.dataset_path))]
+        return [Source(_locate_molecules(config.dataset_path))]
     return [Source(path) for path in expand_paths(config.dataset_path)]
+
+
+def _locate_molecules(name: str) -> Path:
+    if (kind := find_dataset(name).kind) != "molecules":
+        others = ", ".join(other.name for other in DATASETS.values() if other.kind == "molecules")
+        raise DataError(f'data set "{name}"', f"its rows are {kind}, molecules are needed", f"Named ones: {others}")
+    return locate(name)
 
 
 def _is_bare_name(text: str) -> bool:
