@@ -135,12 +135,14 @@ class DecoderLayer(nn.Module):
     ) -> torch.Tensor:
         """One layer over whole targets, or (with a cache) over the next token only.
 
-        Padding stands at the end of a target, so the causal mask alone keeps it from every real token.
+        Padding stands at the end of a target, so the causal mask alone keeps it from every real token. There may be
+        several targets a memory, next to one another (beams): they are that memory's queries side by side.
         """
         normed = self.self_attention_norm(y_BTD)
         y_BTD = y_BTD + self.dropout(self.self_attention(normed, None, causal=cache is None, cache=cache))
-        normed = self.cross_attention_norm(y_BTD)
-        y_BTD = y_BTD + self.dropout(self.cross_attention(normed, memory_key_value, memory_mask_BS))
+        normed = self.cross_attention_norm(y_BTD).reshape(len(memory_mask_BS), -1, y_BTD.shape[-1])
+        attended = self.cross_attention(normed, memory_key_value, memory_mask_BS).reshape(y_BTD.shape)
+        y_BTD = y_BTD + self.dropout(attended)
         return y_BTD + self.dropout(self.ffn(self.ffn_norm(y_BTD)))
 
 
@@ -187,15 +189,28 @@ class MolBART(nn.Module):
 
     def decode(self, tgt_BT: torch.Tensor, memory_BSD: torch.Tensor, src_BS: torch.Tensor) -> torch.Tensor:
         """Logits (B,T,V) for whole targets, given a memory and the ids it came from."""
-        return DecodingState(self, memory_BSD, src_BS, keep_cache=False).advance(tgt_BT)
+        return DecodingState(self, memory_BSD, src_BS != PAD_ID, keep_cache=False).advance(tgt_BT)
 
 
 class DecodingState:
-    """Decoding with keys and values kept: the memory's are computed once, the target's grow a token at a time."""
+    """Decoding with keys and values kept: the memory's are computed once, the target's grow a token at a time.
 
-    def __init__(self, model: MolBART, memory_BSD: torch.Tensor, src_BS: torch.Tensor, keep_cache: bool = True) -> None:
+    Args:
+        memory_mask_BS: where the memory has tokens.
+        num_targets: targets a memory, next to one another (beams); they share its keys and values.
+    """
+
+    def __init__(
+        self,
+        model: MolBART,
+        memory_BSD: torch.Tensor,
+        memory_mask_BS: torch.Tensor,
+        keep_cache: bool = True,
+        num_targets: int = 1,
+    ) -> None:
         self.model = model
-        self.memory_mask_BS = src_BS != PAD_ID
+        self.memory_mask_BS = memory_mask_BS
+        self.num_targets = num_targets
         self.layers = [cast(DecoderLayer, layer) for layer in model.decoder]
         self.memory_key_values = [layer.cross_attention.project_memory(memory_BSD) for layer in self.layers]
         self.caches = [KeyValueCache() if keep_cache else None for _ in self.layers]
@@ -210,9 +225,18 @@ class DecodingState:
         return self.model.head((y_BTD,))
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keep these batch rows, in this order (finished rows leave; beams are re-ordered)."""
+        """Keep these memories and their targets, in this order (finished ones leave)."""
+        self.select_memories(rows)
+        targets = torch.arange(self.num_targets, device=rows.device)
+        self.select_targets((rows[:, None] * self.num_targets + targets).flatten())
+
+    def select_memories(self, rows: torch.Tensor) -> None:
+        """Keep these memories, in this order; `select_targets` must follow with the targets of these."""
         self.memory_mask_BS = self.memory_mask_BS[rows]
         self.memory_key_values = [(k[rows], v[rows]) for k, v in self.memory_key_values]
+
+    def select_targets(self, rows: torch.Tensor) -> None:
+        """Go on from these targets, in this order, as many a memory as before (beams are re-ordered)."""
         for cache in self.caches:
             if cache is not None:
                 cache.select(rows)

@@ -1,18 +1,19 @@
-"""Generation: greedy decoding and top-k / top-p sampling with keys and values kept.
+"""Greedy decoding and top-k / top-p sampling with keys and values kept.
 
 Shapes: B batch, S source length, T target length, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import count, pairwise
+from collections.abc import Collection
+from itertools import count
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from biokit.errors import ConfigError, DataError
+from biokit.generate.inputs import Hiddens, hiddens_of
+from biokit.generate.rules import TokenRules
 from biokit.models.molbart import DecodingState, MolBART
 
 if TYPE_CHECKING:
@@ -22,50 +23,34 @@ if TYPE_CHECKING:
 SAMPLING_ALGS = ("greedy", "sample")
 
 
-def encode_smiles(tokenizer: SmilesTokenizer, smiles: Sequence[str]) -> torch.Tensor:
-    """Encoder inputs (B,S): begin, tokens, end, padded.
-
-    Raises:
-        DataError: no SMILES, an empty one, or one with tokens outside the vocabulary.
-    """
-    if not smiles:
-        raise DataError("encode SMILES", "the list is empty", "Give at least one")
-    ids, offsets = tokenizer.encode_batch(list(smiles))
-    rows = [ids[start:end] for start, end in pairwise(offsets)]
-    for text, row in zip(smiles, rows, strict=True):
-        if not len(row) or tokenizer.unknown_id in row:
-            cause = "it is empty" if not len(row) else "it has tokens that are not in the vocabulary"
-            raise DataError(f'SMILES "{text}"', cause, "Leave it out, or use a model whose vocabulary has them")
-    ids_BS = np.full((len(rows), max(map(len, rows)) + 2), tokenizer.pad_id, dtype=np.int64)
-    for row_S, row in zip(ids_BS, rows, strict=True):
-        row_S[: len(row) + 2] = [tokenizer.begin_id, *row, tokenizer.end_id]
-    return torch.from_numpy(ids_BS)
-
-
 @torch.inference_mode()
 def sample_molecules(
     model: MolBART,
     tokenizer: SmilesTokenizer,
-    src_BS: torch.Tensor,
+    source: torch.Tensor | Hiddens,
     sampling_alg: str = "greedy",
     *,
     top_k: int = 0,
     top_p: float = 1.0,
     temperature: float = 1.0,
+    banned: Collection[str] = (),
+    grammar: bool = False,
     max_length: int = 0,
     seed: int = 1234,
 ) -> tuple[list[str], list[float]]:
-    """Decode one molecule a row of encoder inputs.
+    """Decode one molecule a row of encoder inputs or hiddens.
 
     Unused, property and special tokens are never emitted (end excepted). A row that reaches `max_length` tokens
     without an end is returned as it stands. The model is left in evaluation mode.
 
     Args:
-        src_BS: encoder inputs (begin ... end, padded with 0), masked or not.
+        source: encoder inputs (B,S) (begin ... end, padded with 0), masked or not; or hiddens.
         sampling_alg: `greedy`, or `sample` under the filters below.
         top_k: keep the k likeliest tokens; 0: all.
         top_p: keep the likeliest tokens up to this probability mass, in (0, 1].
         temperature: divides the logits, > 0.
+        banned: tokens that must not come, beside special, property and unused ones.
+        grammar: only what SMILES can go on with (`TokenRules`).
         max_length: tokens a molecule, end included; 0: as many as the model has positions.
 
     Returns:
@@ -78,22 +63,18 @@ def sample_molecules(
     num_positions = model.embed.embedding.num_positions
     max_length = max_length or num_positions
     _check_sampling(sampling_alg, top_k, top_p, temperature, max_length, num_positions)
-    if src_BS.shape[1] > num_positions:
-        found = f"{src_BS.shape[1]} tokens, begin and end included, and the model has {num_positions} positions"
-        raise DataError("decode molecules", found, "Leave out the long ones, or train with a larger data.max_length")
-    model.eval()
-    device = next(model.parameters()).device
+    memory = hiddens_of(model, source)
+    device = memory.mask_BS.device
     generator = torch.Generator(device).manual_seed(seed)
-    src_BS = src_BS.to(device)
-    state = DecodingState(model, model.encode(src_BS), src_BS)
-    banned = torch.as_tensor(tokenizer.non_chemical_ids().astype(np.int64), device=device)
-    tokens_BT = torch.full((len(src_BS), max_length), tokenizer.pad_id, dtype=torch.long, device=device)
-    scores_B = torch.zeros(len(src_BS), device=device)
-    rows_B = torch.arange(len(src_BS), device=device)  # rows still being decoded
-    next_B1 = torch.full((len(src_BS), 1), tokenizer.begin_id, dtype=torch.long, device=device)
+    state = DecodingState(model, memory.values_BSD, memory.mask_BS)
+    rules = TokenRules(tokenizer, device, banned, grammar, max_length)
+    rules.begin(len(memory))
+    tokens_BT = torch.full((len(memory), max_length), tokenizer.pad_id, dtype=torch.long, device=device)
+    scores_B = torch.zeros(len(memory), device=device)
+    rows_B = torch.arange(len(memory), device=device)  # rows still being decoded
+    next_B1 = torch.full((len(memory), 1), tokenizer.begin_id, dtype=torch.long, device=device)
     for position in range(max_length):
-        logits_BV = state.advance(next_B1)[:, -1].float()
-        logits_BV[:, banned] = float("-inf")
+        logits_BV = rules.apply(state.advance(next_B1)[:, -1].float())
         if sampling_alg == "greedy":
             chosen_B = logits_BV.argmax(-1)
         else:
@@ -101,12 +82,14 @@ def sample_molecules(
             chosen_B = torch.multinomial(filtered_BV.softmax(-1), 1, generator=generator).squeeze(1)
         scores_B[rows_B] += logits_BV.log_softmax(-1).gather(1, chosen_B[:, None]).squeeze(1)
         tokens_BT[rows_B, position] = chosen_B
+        rules.advance(chosen_B)
         going_B = (chosen_B != tokenizer.end_id).nonzero().squeeze(1)
         if not len(going_B):
             break
         if len(going_B) < len(rows_B):
             rows_B, chosen_B = rows_B[going_B], chosen_B[going_B]
             state.select(going_B)
+            rules.select(going_B)
         next_B1 = chosen_B[:, None]
     return tokenizer.decode_batch(tokens_BT.cpu().numpy()), scores_B.tolist()
 

@@ -1,0 +1,18 @@
+"""Generation: molecules from a trained model, around others and out of its latent space."""
+
+from biokit.generate.beams import Hypothesis, beam_search
+from biokit.generate.inputs import Hiddens, encode_smiles, hiddens_of
+from biokit.generate.likelihood import log_likelihoods
+from biokit.generate.sampling import filter_logits, sample_like, sample_molecules
+
+__all__ = [
+    "Hiddens",
+    "Hypothesis",
+    "beam_search",
+    "encode_smiles",
+    "filter_logits",
+    "hiddens_of",
+    "log_likelihoods",
+    "sample_like",
+    "sample_molecules",
+]
