@@ -24,6 +24,7 @@ from biokit.launch.supervision.supervisor import Limits
 from biokit.runs import RunFolder
 from biokit.stacks import read_hang
 from tests.drills import supervised
+from tests.kernel import REPOSITORY
 from tests.small_run import small_config
 from tests.supervised import SHORT, Supervised, find_marked
 
@@ -105,6 +106,29 @@ def test_two_agents(start: Start) -> None:
     assert [run.output(rank) for rank in (0, 1)] == ["sum 2 of rank 0\n", "sum 2 of rank 1\n"]
     ends = [json.loads(run.folder.life(1).agent_file(node).read_text()) for node in (0, 1)]
     assert 3 in [code["exit_code"] for end in ends for code in end["ranks"].values()]
+
+
+HANGS_AT_ITS_END = """
+import sys
+if "biokit.launch.supervision.agent" in sys.orig_argv:
+    import atexit, time
+    atexit.register(time.sleep, 600)
+"""
+
+
+@pytest.mark.parametrize(("code", "outcome"), [("pass", "finished"), ("raise SystemExit(3)", "failed")])
+def test_an_agent_that_hangs_at_its_end_is_taken_at_its_word(
+    start: Start, tmp_path: Path, code: str, outcome: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(HANGS_AT_ITS_END)
+    path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+    run = start(
+        code, torchrun=("--nproc-per-node", "2"), limits=replace(SHORT, watchdog_s=1.0), variables={"PYTHONPATH": path}
+    )
+    assert run.wait() == int(outcome == "failed"), run.log
+    assert run.state.outcome == outcome, run.log
+    assert "the agent has told its end, but is still there" in run.log or "but its agent does not end" in run.log
+    assert run.left() == []
 
 
 def test_a_failed_life_is_followed_by_the_next(start: Start) -> None:

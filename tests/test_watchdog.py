@@ -34,6 +34,9 @@ class StandIn:
     def poll(self) -> list[int | None]:
         return self.codes
 
+    def lingering(self) -> list[int]:
+        return [0] if self.files.agent_file(0).exists() and self.codes == [None] else []
+
 
 @pytest.fixture
 def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
@@ -87,6 +90,13 @@ def test_a_stopped_rank(life: StandIn, ranks: list[subprocess.Popen[bytes]]) -> 
     begun = time.monotonic()
     assert watch(dog, 5) == "rank 1 is stopped (SIGSTOP)" and dog.rank_is_stopped
     assert time.monotonic() - begun >= 0.15
+
+
+def test_an_agent_that_told_its_end_and_stays(life: StandIn) -> None:
+    dog = Watchdog(life, 0.2)
+    assert watch(dog, 0.3) == ""
+    life.files.agent_file(0).write_text("{}")
+    assert watch(dog, 5) == "node 0: the agent has told its end, but is still there"
 
 
 def test_a_rank_that_goes_on_is_forgiven(life: StandIn, ranks: list[subprocess.Popen[bytes]]) -> None:

@@ -81,7 +81,7 @@ class Node:
                 told = True  # there is no STOP file that it would see
                 self.life.terminate()
             why = self._watchdog.fault or self.leader.gone() or self._too_late()
-        code = self.life.poll()[0]
+        code = self.life.codes()[0]
         if why:
             say(f"node {self.node}: {why}")
         self.life.end(0 if self._watchdog.fault else self.limits.grace_s)

@@ -17,6 +17,7 @@ from biokit.launch.supervision.agent_file import PARENT, note_end
 from biokit.launch.supervision.placement import Agent, place_agents
 from biokit.launch.tree import end_tree, reap_adopted, signal_tree
 from biokit.runs import RunFolder
+from biokit.safe_files import read_object, to_whole
 
 
 class Life:
@@ -61,6 +62,16 @@ class Life:
     def poll(self) -> list[int | None]:
         """Exit codes of the agents; None: it runs."""
         return [process.poll() for process in self.processes]
+
+    def codes(self) -> list[int | None]:
+        """As `poll`, but an agent that has left word of its end is taken at that, whatever became of it after."""
+        said = (read_object(self.files.agent_file(agent.node)).get("code") for agent in self.agents)
+        return [to_whole(code) if code is not None else now for code, now in zip(said, self.poll(), strict=True)]
+
+    def lingering(self) -> list[int]:
+        """Nodes whose agent has left word of its end, and is still there."""
+        nodes = [agent.node for agent, code in zip(self.agents, self.poll(), strict=True) if code is None]
+        return [node for node in nodes if self.files.agent_file(node).exists()]
 
     @property
     def is_over(self) -> bool:

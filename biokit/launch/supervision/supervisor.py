@@ -170,7 +170,7 @@ class Supervisor:
     def _conclude(self, life: Life, outcome: str) -> str:
         """Leave what there is to tell of a life that is over; its outcome."""
         self._mask(life)
-        say(f"life {life.number}: {outcome}, exit codes of its agents: {life.poll()}")
+        say(f"life {life.number}: {outcome}, exit codes of its agents: {life.codes()}")
         if outcome in (states.FAILED, states.TIMED_OUT):
             self._note_failure(life.number)
         return outcome
@@ -197,7 +197,7 @@ class Supervisor:
             if watchdog.rank_is_stopped:
                 self._note_hang(life, watchdog.fault)
             life.end(0)
-            return states.FAILED
+            return states.FAILED if any(life.codes()) else self._judge(life)
         return ""
 
     def _ask_to_save(self, life: Life) -> None:
@@ -222,7 +222,7 @@ class Supervisor:
         if self._terminated == life.number:
             return states.STOPPED
         status = life.training_status()
-        if any(life.poll()) and not (self._ask() and status in (states.STOPPED, states.FINISHED)):
+        if any(life.codes()) and not (self._ask() and status in (states.STOPPED, states.FINISHED)):
             return states.FAILED
         return states.STOPPED if status == states.STOPPED else states.FINISHED
 

@@ -104,6 +104,7 @@ class Watchdog:
                 faults.append(f"rank {rank} has ended, but its agent does not notice")
             elif seen.died and self.life.is_training and not self.life.is_elastic:
                 faults.append(f"rank {rank} is gone, but its agent does not end")
+        faults += [f"node {node}: the agent has told its end, but is still there" for node in self.life.lingering()]
         if self.life.is_elastic:  # its agents wait for others, or for nodes that come later, as long as they like
             return faults
         for rank in self._failed():
