@@ -2,17 +2,24 @@
 
 from biokit.generate.beams import Hypothesis, beam_search
 from biokit.generate.inputs import Hiddens, encode_smiles, hiddens_of
+from biokit.generate.latent import METHODS, embed, interpolate, mean_of, perturb, sample_around
 from biokit.generate.likelihood import log_likelihoods
 from biokit.generate.sampling import filter_logits, sample_like, sample_molecules
 
 __all__ = [
+    "METHODS",
     "Hiddens",
     "Hypothesis",
     "beam_search",
+    "embed",
     "encode_smiles",
     "filter_logits",
     "hiddens_of",
+    "interpolate",
     "log_likelihoods",
+    "mean_of",
+    "perturb",
+    "sample_around",
     "sample_like",
     "sample_molecules",
 ]
