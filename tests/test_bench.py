@@ -13,6 +13,7 @@ from tests.bench import (
     batches,
     checkpoints,
     corpora,
+    decoding,
     launching,
     memory,
     metrics,
@@ -98,6 +99,14 @@ def test_a_tiny_run(module):
 @needs_transformers
 def test_a_tiny_run_of_batches():
     check_rows(batches.measure("WEHI", limit=200, rounds=1))
+
+
+@needs_transformers
+def test_a_tiny_run_of_decoding(monkeypatch):
+    monkeypatch.setattr(decoding, "SIZES", SIZES)
+    monkeypatch.setattr(decoding, "NUM_MOLECULES", 2)
+    monkeypatch.setattr(decoding, "LENGTH", 4)
+    check_rows(decoding.measure(rounds=1))
 
 
 @needs_transformers

@@ -23,6 +23,7 @@ NAMES = (
     "batches",
     "random_smiles",
     "training_step",
+    "decoding",
     "padding",
     "strategies",
     "checkpoints",
@@ -30,7 +31,7 @@ NAMES = (
     "metrics",
     "launching",
 )
-NEED_TRANSFORMERS = {"batches", "training_step"}
+NEED_TRANSFORMERS = {"batches", "training_step", "decoding"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
