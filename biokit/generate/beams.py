@@ -62,7 +62,7 @@ def beam_search(
     _check_beams(num_beams, num_groups, diversity, max_length, num_positions)
     memory = hiddens_of(model, source)
     rules = TokenRules(tokenizer, memory.mask_BS.device, banned, grammar, max_length)
-    search = _Search(model, tokenizer, memory, rules, num_beams, num_groups, diversity)
+    search = _Search(model, tokenizer, memory, rules, num_beams, num_groups, diversity, max_length)
     for position in range(max_length):
         if not search.step(position):
             break
@@ -81,11 +81,14 @@ class _Search:
         num_beams: int,
         num_groups: int,
         diversity: float,
+        max_length: int,
     ) -> None:
         self.rules, self.num_beams, self.num_groups, self.diversity = rules, num_beams, num_groups, diversity
         self.end_id, self.pad_id = tokenizer.end_id, tokenizer.pad_id
         num_molecules, device = len(memory), memory.mask_BS.device
-        self.state = DecodingState(model, memory.values_BSD, memory.mask_BS, num_targets=num_beams)
+        self.state = DecodingState(
+            model, memory.values_BSD, memory.mask_BS, num_targets=num_beams, max_length=max_length
+        )
         rules.begin(num_molecules * num_beams)
         self.molecules = torch.arange(num_molecules, device=device)  # those that go on
         self.next_N1 = torch.full((num_molecules * num_beams, 1), tokenizer.begin_id, device=device)

@@ -66,7 +66,7 @@ def sample_molecules(
     memory = hiddens_of(model, source)
     device = memory.mask_BS.device
     generator = torch.Generator(device).manual_seed(seed)
-    state = DecodingState(model, memory.values_BSD, memory.mask_BS)
+    state = DecodingState(model, memory.values_BSD, memory.mask_BS, max_length=max_length)
     rules = TokenRules(tokenizer, device, banned, grammar, max_length)
     rules.begin(len(memory))
     tokens_BT = torch.full((len(memory), max_length), tokenizer.pad_id, dtype=torch.long, device=device)

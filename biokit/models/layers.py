@@ -63,22 +63,41 @@ class AttentionCore(nn.Module):
 
 
 class KeyValueCache:
-    """Keys and values (B,H,S,K) of the tokens decoded so far, one layer."""
+    """Keys and values of the tokens decoded so far, one layer; for inference, it keeps no gradients.
 
-    def __init__(self) -> None:
-        self.key_value: tuple[torch.Tensor, torch.Tensor] | None = None
+    They lie as (B,S,H,K) in buffers of `capacity` tokens: a token is written in its place, and other rows are copied
+    into a second buffer, so that no step asks for new memory.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.num_tokens = 0
+        self._key_value: list[torch.Tensor] = []
+        self._spare: list[torch.Tensor] = []
 
     def append(self, k_BHSK: torch.Tensor, v_BHSK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.key_value is not None:
-            k_BHSK = torch.cat((self.key_value[0], k_BHSK), dim=2)
-            v_BHSK = torch.cat((self.key_value[1], v_BHSK), dim=2)
-        self.key_value = (k_BHSK, v_BHSK)
-        return self.key_value
+        """Add those of the next tokens; returns all so far, (B,H,S,K)."""
+        start, end = self.num_tokens, self.num_tokens + k_BHSK.shape[2]
+        if not self._key_value:
+            num_rows, num_heads, _, head_size = k_BHSK.shape
+            sizes = (num_rows, self.capacity, num_heads, head_size)
+            self._key_value = [new.new_empty(sizes) for new in (k_BHSK, v_BHSK)]
+        for kept, new in zip(self._key_value, (k_BHSK, v_BHSK), strict=True):
+            kept[:, start:end] = new.detach().transpose(1, 2)
+        self.num_tokens = end
+        k_BHSK, v_BHSK = (kept[:, :end].transpose(1, 2) for kept in self._key_value)
+        return k_BHSK, v_BHSK
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keep these batch rows, in this order."""
-        if self.key_value is not None:
-            self.key_value = (self.key_value[0][rows], self.key_value[1][rows])
+        """Keep these batch rows, in this order; there may be no more than before."""
+        if not self._key_value:
+            return
+        if not self._spare:
+            self._spare = [torch.empty_like(kept) for kept in self._key_value]
+        selected = [spare[: len(rows)] for spare in self._spare]
+        for kept, into in zip(self._key_value, selected, strict=True):
+            torch.index_select(kept[:, : self.num_tokens], 0, rows, out=into[:, : self.num_tokens])
+        self._key_value, self._spare = selected, self._key_value
 
 
 class SelfAttention(nn.Module):

@@ -198,6 +198,7 @@ class DecodingState:
     Args:
         memory_mask_BS: where the memory has tokens.
         num_targets: targets a memory, next to one another (beams); they share its keys and values.
+        max_length: tokens a target at most; 0: as many as the model has positions.
     """
 
     def __init__(
@@ -207,13 +208,15 @@ class DecodingState:
         memory_mask_BS: torch.Tensor,
         keep_cache: bool = True,
         num_targets: int = 1,
+        max_length: int = 0,
     ) -> None:
         self.model = model
         self.memory_mask_BS = memory_mask_BS
         self.num_targets = num_targets
         self.layers = [cast(DecoderLayer, layer) for layer in model.decoder]
         self.memory_key_values = [layer.cross_attention.project_memory(memory_BSD) for layer in self.layers]
-        self.caches = [KeyValueCache() if keep_cache else None for _ in self.layers]
+        capacity = max_length or model.embed.embedding.num_positions
+        self.caches = [KeyValueCache(capacity) if keep_cache else None for _ in self.layers]
         self.num_decoded = 0
 
     def advance(self, tgt_BT: torch.Tensor) -> torch.Tensor:
