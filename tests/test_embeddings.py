@@ -10,7 +10,8 @@ import pytest
 from biokit.chem.molecules import canonicalize
 from biokit.config import ModelConfig
 from biokit.errors import ConfigError, DataError
-from biokit.generate import embed, embed_file, embeddings, read_embeddings
+from biokit.generate import embed, embeddings
+from biokit.generate.embeddings import embed_file, read_embeddings
 from biokit.models.molbart import MOLBART
 from biokit.tokenizers import SmilesTokenizer
 

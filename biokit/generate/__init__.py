@@ -1,7 +1,9 @@
-"""Generation: molecules from a trained model, around others and out of its latent space."""
+"""Generation: molecules from a trained model, around others and out of its latent space.
+
+What needs rdkit stands in modules of its own (`embeddings`), for training imports this package.
+"""
 
 from biokit.generate.beams import Hypothesis, beam_search
-from biokit.generate.embeddings import EmbeddedFile, embed_file, read_embeddings
 from biokit.generate.inputs import Hiddens, encode_smiles, hiddens_of
 from biokit.generate.latent import METHODS, embed, interpolate, mean_of, perturb, sample_around
 from biokit.generate.likelihood import log_likelihoods
@@ -9,12 +11,10 @@ from biokit.generate.sampling import filter_logits, sample_like, sample_molecule
 
 __all__ = [
     "METHODS",
-    "EmbeddedFile",
     "Hiddens",
     "Hypothesis",
     "beam_search",
     "embed",
-    "embed_file",
     "encode_smiles",
     "filter_logits",
     "hiddens_of",
@@ -22,7 +22,6 @@ __all__ = [
     "log_likelihoods",
     "mean_of",
     "perturb",
-    "read_embeddings",
     "sample_around",
     "sample_like",
     "sample_molecules",
