@@ -132,17 +132,20 @@ class DecoderLayer(nn.Module):
         memory_key_value: tuple[torch.Tensor, torch.Tensor],
         memory_mask_BS: torch.Tensor,
         cache: KeyValueCache | None = None,
+        num_targets: int = 1,
     ) -> torch.Tensor:
         """One layer over whole targets, or (with a cache) over the next token only.
 
-        Padding stands at the end of a target, so the causal mask alone keeps it from every real token. There may be
-        several targets a memory, next to one another (beams): they are that memory's queries side by side.
+        Padding stands at the end of a target, so the causal mask alone keeps it from every real token. The targets of
+        a memory stand next to one another (beams); to the memory they are queries side by side.
         """
         normed = self.self_attention_norm(y_BTD)
         y_BTD = y_BTD + self.dropout(self.self_attention(normed, None, causal=cache is None, cache=cache))
-        normed = self.cross_attention_norm(y_BTD).reshape(len(memory_mask_BS), -1, y_BTD.shape[-1])
-        attended = self.cross_attention(normed, memory_key_value, memory_mask_BS).reshape(y_BTD.shape)
-        y_BTD = y_BTD + self.dropout(attended)
+        normed = self.cross_attention_norm(y_BTD)
+        if num_targets > 1:
+            normed = normed.unflatten(0, (-1, num_targets)).flatten(1, 2)
+        attended = self.cross_attention(normed, memory_key_value, memory_mask_BS)
+        y_BTD = y_BTD + self.dropout(attended.reshape(y_BTD.shape) if num_targets > 1 else attended)
         return y_BTD + self.dropout(self.ffn(self.ffn_norm(y_BTD)))
 
 
@@ -223,7 +226,7 @@ class DecodingState:
         """Feed the next tokens (one, where a cache is kept); returns their logits (B,T,V)."""
         y_BTD = self.model.embed.embedding(tgt_BT, self.num_decoded)
         for layer, key_value, cache in zip(self.layers, self.memory_key_values, self.caches, strict=True):
-            y_BTD = layer.decode(y_BTD, key_value, self.memory_mask_BS, cache)
+            y_BTD = layer.decode(y_BTD, key_value, self.memory_mask_BS, cache, self.num_targets)
         self.num_decoded += tgt_BT.shape[1]
         return self.model.head((y_BTD,))
 
