@@ -35,11 +35,11 @@ $(VENV)/.quickstart: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.env: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(INSTALL) -e ".[notebooks,distributed,test]"
+	$(INSTALL) -e ".[notebooks,analysis,distributed,test]"
 	touch $@ $(VENV)/.quickstart
 
 $(VENV)/.bench: $(VENV)/.env
-	$(INSTALL) -e ".[notebooks,distributed,test,bench]"
+	$(INSTALL) -e ".[notebooks,analysis,distributed,test,bench]"
 	touch $@
 
 clean:
