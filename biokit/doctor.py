@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import TypeVar
 
 REQUIRED = ("torch", "numpy", "safetensors", "pyyaml", "tqdm", "rdkit", "numba", "pyarrow", "matplotlib", "tensorboard")
-NOTEBOOKS = ("jupyterlab", "ipykernel", "ipywidgets", "papermill", "nbformat", "py3Dmol")
+EXTRAS = {
+    "notebooks": ("jupyterlab", "ipykernel", "ipywidgets", "papermill", "nbformat", "py3Dmol"),
+    "analysis": ("cma",),
+}
 COMMAND_TIMEOUT_S = 1.5
 MIN_FREE_GB = 5.0
 MISSING = "missing"
@@ -139,9 +142,10 @@ def probe_versions() -> Iterator[Finding]:
         version = version_of(package)
         build = f" ({_or_else(torch_build, 'unknown')} build)" if package == "torch" and version != MISSING else ""
         yield Finding(package, version + build, _install(package) if version == MISSING else "")
-    absent = [package for package in NOTEBOOKS if version_of(package) == MISSING]
-    found = ", ".join(f"{p} {version_of(p)}" for p in NOTEBOOKS if p not in absent)
-    yield Finding("notebooks", found or MISSING, _install_extra("notebooks") if absent else "")
+    for extra, packages in EXTRAS.items():
+        absent = [package for package in packages if version_of(package) == MISSING]
+        found = ", ".join(f"{package} {version_of(package)}" for package in packages if package not in absent)
+        yield Finding(extra, found or MISSING, _install_extra(extra) if absent else "")
 
 
 def probe_engines() -> Iterator[Finding]:
