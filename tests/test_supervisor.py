@@ -131,6 +131,38 @@ def test_an_agent_that_hangs_at_its_end_is_taken_at_its_word(
     assert run.left() == []
 
 
+AS_SRUN = """
+import sys
+from biokit.launch.supervision import lives
+from biokit.launch.supervision.placement import Agent
+
+lives.place_agents = lambda *_: [Agent(0, [sys.executable, {script!r}], tells_its_end=False)]
+"""
+WHERE_NODE_0_IS_DONE = """
+import time
+from pathlib import Path
+from biokit.launch.supervision.agent_file import note_end
+from biokit.runs import LifeFolder
+
+note_end(LifeFolder(Path({life!r})), 0, 0, {{}})
+time.sleep(4)
+Path({life!r}, "node_1_is_done").touch()
+raise SystemExit({code})
+"""
+
+
+@pytest.mark.parametrize(("code", "outcome"), [(0, "finished"), (1, "failed")])
+def test_srun_is_not_taken_at_the_word_of_the_first_node(start: Start, tmp_path: Path, code: int, outcome: str) -> None:
+    """It starts the agents of all nodes; that of the first one may be done long before the others."""
+    as_srun, life = tmp_path / "as_srun.py", tmp_path / "run" / "lives" / "0001"
+    as_srun.write_text(WHERE_NODE_0_IS_DONE.format(life=str(life), code=code))
+    (tmp_path / "sitecustomize.py").write_text(AS_SRUN.format(script=str(as_srun)))
+    path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+    run = start("pass", limits=replace(SHORT, watchdog_s=1.0), variables={"PYTHONPATH": path})
+    assert run.wait() == code and run.state.outcome == outcome, run.log
+    assert (life / "node_1_is_done").exists()
+
+
 def test_a_failed_life_is_followed_by_the_next(start: Start) -> None:
     code = "import os, sys; sys.exit(5 if '/0001' in os.environ['BIOKIT_LIFE'] else 0)"
     run = start(code, max_lives=3, backoff_s=0.3)

@@ -65,13 +65,16 @@ class Life:
 
     def codes(self) -> list[int | None]:
         """As `poll`, but an agent that has left word of its end is taken at that, whatever became of it after."""
-        said = (read_object(self.files.agent_file(agent.node)).get("code") for agent in self.agents)
-        return [to_whole(code) if code is not None else now for code, now in zip(said, self.poll(), strict=True)]
+        return [self._told(agent, code) for agent, code in zip(self.agents, self.poll(), strict=True)]
+
+    def _told(self, agent: Agent, code: int | None) -> int | None:
+        said = read_object(self.files.agent_file(agent.node)).get("code") if agent.tells_its_end else None
+        return code if said is None else to_whole(said, 1)
 
     def lingering(self) -> list[int]:
         """Nodes whose agent has left word of its end, and is still there."""
-        nodes = [agent.node for agent, code in zip(self.agents, self.poll(), strict=True) if code is None]
-        return [node for node in nodes if self.files.agent_file(node).exists()]
+        there = [agent for agent, code in zip(self.agents, self.poll(), strict=True) if code is None]
+        return [one.node for one in there if one.tells_its_end and self.files.agent_file(one.node).exists()]
 
     @property
     def is_over(self) -> bool:

@@ -19,11 +19,16 @@ NO_PYTHON = "--no-python"
 
 @dataclass(frozen=True)
 class Agent:
-    """A process that the supervisor starts for a life: torchrun's agent of a node, or the only rank itself."""
+    """A process that the supervisor starts for a life: torchrun's agent of a node, the only rank itself, or srun.
+
+    Attributes:
+        tells_its_end: the agent file of its node is its own word (srun starts another process that writes one).
+    """
 
     node: int
     command: list[str]
     is_rank: bool = False
+    tells_its_end: bool = True
 
 
 def place_agents(order: Order, life: LifeFolder, number: int, node_rank: int = 0) -> list[Agent]:
@@ -49,7 +54,7 @@ def place_agents(order: Order, life: LifeFolder, number: int, node_rank: int = 0
         run_dir = life.path.absolute().parents[1]
         check_nodes(number)
         end_steps(run_dir)
-        return [Agent(0, srun_command(order, run_dir, number))]
+        return [Agent(0, srun_command(order, run_dir, number), tells_its_end=False)]
     do = "Give `here`, `given`, `nodes` or `slurm`"
     raise ConfigError(f"placement {order.placement!r}", "there is none of this name on one machine", do)
 

@@ -197,7 +197,7 @@ class Supervisor:
             if watchdog.rank_is_stopped:
                 self._note_hang(life, watchdog.fault)
             life.end(0)
-            return states.FAILED if any(life.codes()) else self._judge(life)
+            return self._judge(life) if set(life.codes()) == {0} else states.FAILED
         return ""
 
     def _ask_to_save(self, life: Life) -> None:
