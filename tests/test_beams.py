@@ -104,7 +104,15 @@ def test_diverse_beams_differ_more(model):
 
 
 @pytest.mark.parametrize(
-    "keys", [{"num_beams": 0}, {"num_groups": 3}, {"diversity": -1.0}, {"max_length": 65}, {"banned": ["Xx"]}]
+    "keys",
+    [
+        {"num_beams": 0},
+        {"num_groups": 3},
+        {"diversity": -1.0},
+        {"diversity": float("inf")},
+        {"max_length": 65},
+        {"banned": ["Xx"]},
+    ],
 )
 def test_impossible_beams(model, keys):
     with pytest.raises(ConfigError):

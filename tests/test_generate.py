@@ -58,6 +58,12 @@ def test_top_k_1_is_greedy(model):
     assert sample_molecules(model, TOKENIZER, src, "sample", top_k=1, max_length=12) == greedy
 
 
+def test_the_coldest_sample_is_greedy(model):
+    src = encode_smiles(TOKENIZER, SMILES)
+    greedy = sample_molecules(model, TOKENIZER, src, max_length=12)
+    assert sample_molecules(model, TOKENIZER, src, "sample", temperature=1e-38, max_length=12) == greedy
+
+
 def test_banned_tokens_never_come(model):
     src = encode_smiles(TOKENIZER, SMILES * 16)
     texts, _ = sample_molecules(model, TOKENIZER, src, "sample", temperature=50.0, max_length=30)
@@ -81,7 +87,15 @@ def test_filters_by_hand():
 
 @pytest.mark.parametrize(
     "keys",
-    [{"sampling_alg": "best"}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"temperature": 0.0}, {"max_length": 65}],
+    [
+        {"sampling_alg": "best"},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"temperature": 0.0},
+        {"temperature": float("inf")},
+        {"max_length": 65},
+    ],
 )
 def test_impossible_sampling(model, keys):
     with pytest.raises(ConfigError):

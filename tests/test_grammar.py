@@ -103,5 +103,7 @@ def test_banned_tokens(model):
     assert not {"(", ")", "1", "2", "c"} & {token for text in texts for token in TOKENIZER.tokens(text)}
     with pytest.raises(ConfigError, match="no atom"):
         TokenRules(TOKENIZER, CPU, banned=TOKENIZER.vocabulary[TOKENIZER.chem_start :], grammar=True, max_length=5)
+    with pytest.raises(ConfigError, match="able to end"):
+        TokenRules(TOKENIZER, CPU, banned=[TOKENIZER.vocabulary[TOKENIZER.end_id]], grammar=True, max_length=5)
     with pytest.raises(ConfigError, match="one string"):
         TokenRules(TOKENIZER, CPU, banned="Cl")

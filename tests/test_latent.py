@@ -95,9 +95,25 @@ def test_a_line_begins_and_ends_with_its_molecules(model):
     assert torch.equal(first[5], first[4])
 
 
+def test_half_precision_goes_all_the_way():
+    config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2)
+    half = MOLBART.build(config, TOKENIZER.vocab_size, 64, 3).eval().to(torch.bfloat16)
+    src = encode_smiles(TOKENIZER, SMILES)
+    assert len(interpolate(half, TOKENIZER, *SMILES, num_points=3)) == 3
+    assert embed(half, TOKENIZER, SMILES).dtype == np.float32
+    for method in METHODS:
+        assert len(sample_around(half, TOKENIZER, src, 2, method, max_length=5)) == 2
+
+
 def test_what_cannot_be(model):
     src = encode_smiles(TOKENIZER, SMILES)
-    for keys in ({"radius": -1.0}, {"radius": float("nan")}, {"num_samples": 0}, {"sampling_method": "topk"}):
+    for keys in (
+        {"radius": -1.0},
+        {"radius": float("nan")},
+        {"radius": 1e39},
+        {"num_samples": 0},
+        {"sampling_method": "topk"},
+    ):
         with pytest.raises(ConfigError):
             sample_around(model, TOKENIZER, src, **keys)
     with pytest.raises(ConfigError, match="two ends"):
@@ -106,3 +122,5 @@ def test_what_cannot_be(model):
         interpolate(model, TOKENIZER, "C", "[Xx]")
     with pytest.raises(DataError, match="empty"):
         embed(model, TOKENIZER, [])
+    with pytest.raises(DataError, match="one string"):
+        embed(model, TOKENIZER, "CCO")

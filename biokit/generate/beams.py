@@ -5,6 +5,7 @@ Shapes: B molecules, G groups, K beams a group, N = B * G * K rows, T target len
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -175,7 +176,7 @@ def _check_beams(num_beams: int, num_groups: int, diversity: float, max_length: 
     for name, value, valid in (
         ("num_beams", num_beams, num_beams >= 1),
         ("num_groups", num_groups, num_groups >= 1 and num_beams % num_groups == 0),
-        ("diversity", diversity, diversity >= 0),
+        ("diversity", diversity, 0 <= diversity < math.inf),
         ("max_length", max_length, 1 <= max_length <= num_positions),
     ):
         if not valid:

@@ -43,16 +43,20 @@ def encode_smiles(tokenizer: SmilesTokenizer, smiles: Sequence[str]) -> torch.Te
     """Encoder inputs (B,S): begin, tokens, end, padded.
 
     Raises:
-        DataError: no SMILES, an empty one, or one with tokens outside the vocabulary.
+        DataError: no SMILES, one string in place of a list, an empty one, one with tokens outside the vocabulary.
     """
+    if isinstance(smiles, str):
+        raise DataError("encode SMILES", "it was given one string", f'Give a list: ["{smiles[:80]}"]')
     if not smiles:
         raise DataError("encode SMILES", "the list is empty", "Give at least one")
     ids, offsets = tokenizer.encode_batch(list(smiles))
     rows = [ids[start:end] for start, end in pairwise(offsets)]
     for text, row in zip(smiles, rows, strict=True):
         if not len(row) or tokenizer.unknown_id in row:
-            cause = "it is empty" if not len(row) else "it has tokens that are not in the vocabulary"
-            raise DataError(f'SMILES "{text}"', cause, "Leave it out, or use a model whose vocabulary has them")
+            if not len(row):
+                raise DataError(f'SMILES "{text}"', "it is empty", "Leave it out")
+            do = "Leave it out, or use a model whose vocabulary has them"
+            raise DataError(f'SMILES "{text}"', "it has tokens that are not in the vocabulary", do)
     ids_BS = np.full((len(rows), max(map(len, rows)) + 2), tokenizer.pad_id, dtype=np.int64)
     for row_S, row in zip(ids_BS, rows, strict=True):
         row_S[: len(row) + 2] = [tokenizer.begin_id, *row, tokenizer.end_id]

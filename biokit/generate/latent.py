@@ -5,7 +5,6 @@ Shapes: B batch, N samples, S source length, D hidden.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,8 @@ METHODS = (
     "beam-search-perturbate-sample",
 )  # fmt: skip
 
+MAX_RADIUS = 1000.0
+
 
 def embed(model: MolBART, tokenizer: SmilesTokenizer, smiles: Sequence[str]) -> npt.NDArray[np.float32]:
     """One vector (B,D) a molecule: the mean of its hiddens over its tokens, begin and end included, padding not.
@@ -47,10 +48,11 @@ def perturb(hiddens: Hiddens, radius: float, seed: int) -> Hiddens:
     """Hiddens with Gaussian noise on every value, of `radius` times the standard deviation of its molecule's values.
 
     Raises:
-        ConfigError: a radius below 0, or none at all.
+        ConfigError: a radius outside 0 to `MAX_RADIUS`.
     """
-    if not 0 <= radius < math.inf:
-        raise ConfigError(f"radius={radius}", "it is out of range", "Give 0 or more; 0.5 to 1.5 are usual")
+    if not 0 <= radius <= MAX_RADIUS:
+        do = f"Give 0 to {MAX_RADIUS:g}; 0.5 to 1.5 are usual"
+        raise ConfigError(f"radius={radius}", "it is out of range", do)
     values_BSD, mask_BS1 = hiddens.values_BSD.float(), hiddens.mask_BS[..., None]
     count_B = mask_BS1.sum((1, 2)) * values_BSD.shape[2]
     mean_B = values_BSD.masked_fill(~mask_BS1, 0.0).sum((1, 2)) / count_B
@@ -153,6 +155,7 @@ def points_between(ends: Hiddens, num_points: int) -> Hiddens:
     places_S = torch.arange(ends.mask_BS.shape[1], device=lengths.device)
     filled = [values_SD[places_S.clamp(max=int(n) - 1)] for values_SD, n in zip(ends.values_BSD, lengths, strict=True)]
     share_N = torch.linspace(0, 1, num_points, device=lengths.device)
-    values_NSD = filled[0] + share_N[:, None, None] * (filled[1] - filled[0])
+    first_SD, last_SD = (values_SD.float() for values_SD in filled)
+    values_NSD = first_SD + share_N[:, None, None] * (last_SD - first_SD)
     length_N = (lengths[0] + share_N * (lengths[1] - lengths[0])).round()
-    return Hiddens(values_NSD, places_S[None] < length_N[:, None])
+    return Hiddens(values_NSD.to(ends.values_BSD.dtype), places_S[None] < length_N[:, None])

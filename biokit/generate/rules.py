@@ -24,7 +24,7 @@ class TokenRules:
     closes everything before `max_length` tokens are over. Valences and aromaticity it does not know.
 
     Raises:
-        ConfigError: a banned token that the vocabulary does not have, or no token left to begin with.
+        ConfigError: a banned token that the vocabulary does not have, no atom left, or no end under the grammar.
     """
 
     def __init__(
@@ -43,6 +43,8 @@ class TokenRules:
         self.penalty_V = torch.zeros(tokenizer.vocab_size, device=device)
         self.penalty_V[torch.as_tensor(tokenizer.non_chemical_ids(), device=device)] = float("-inf")
         self.penalty_V[[known[token] for token in banned]] = float("-inf")
+        if grammar and tokenizer.vocabulary[tokenizer.end_id] in banned:
+            raise ConfigError("banned tokens", "the grammar must be able to end", "Do not ban the end")
         if ")" in banned and grammar:
             self.penalty_V[known["("]] = float("-inf")
         self.grammar = Grammar(tokenizer, device, max_length) if grammar else None

@@ -5,6 +5,7 @@ Shapes: B batch, S source length, T target length, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from itertools import count
 from typing import TYPE_CHECKING
@@ -78,7 +79,8 @@ def sample_molecules(
         if sampling_alg == "greedy":
             chosen_B = logits_BV.argmax(-1)
         else:
-            filtered_BV = filter_logits(logits_BV / temperature, top_k, top_p)
+            likeliest_B1 = logits_BV.max(-1, keepdim=True).values  # 0 then, whatever the temperature
+            filtered_BV = filter_logits((logits_BV - likeliest_B1) / temperature, top_k, top_p)
             chosen_B = torch.multinomial(filtered_BV.softmax(-1), 1, generator=generator).squeeze(1)
         scores_B[rows_B] += logits_BV.log_softmax(-1).gather(1, chosen_B[:, None]).squeeze(1)
         tokens_BT[rows_B, position] = chosen_B
@@ -153,7 +155,7 @@ def _check_sampling(
     for name, value, valid in (
         ("top_k", top_k, top_k >= 0),
         ("top_p", top_p, 0 < top_p <= 1),
-        ("temperature", temperature, temperature > 0),
+        ("temperature", temperature, 0 < temperature < math.inf),
         ("max_length", max_length, 1 <= max_length <= num_positions),
     ):
         if not valid:

@@ -89,9 +89,11 @@ class KeyValueCache:
         return k_BHSK, v_BHSK
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keep these batch rows, in this order; there may be no more than before."""
+        """Keep these batch rows, in this order. Raises ValueError for more rows than there are."""
         if not self._key_value:
             return
+        if len(rows) > len(self._key_value[0]):
+            raise ValueError(f"{len(rows)} rows of a cache that has {len(self._key_value[0])}")
         if not self._spare:
             self._spare = [torch.empty_like(kept) for kept in self._key_value]
         selected = [spare[: len(rows)] for spare in self._spare]
