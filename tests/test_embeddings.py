@@ -1,5 +1,6 @@
 """Embeddings of a file: each row's, in order, whatever interrupts them."""
 
+import csv
 import json
 import resource
 import signal
@@ -12,6 +13,7 @@ from biokit.config import ModelConfig
 from biokit.errors import ConfigError, DataError
 from biokit.generate import embed, embeddings
 from biokit.generate.embeddings import embed_file, read_embeddings
+from biokit.generate.kept import hold_folder
 from biokit.models.molbart import MOLBART
 from biokit.tokenizers import SmilesTokenizer
 
@@ -72,6 +74,48 @@ def test_it_goes_on_where_it_was_interrupted(model, table, tmp_path, monkeypatch
     assert len(calls) == before
 
 
+def read_rejects(folder):
+    files = [path.open(newline="") for path in sorted(folder.glob("rejects_*.csv"))]
+    rows = [row for file in files for row in csv.DictReader(file)]
+    for file in files:
+        file.close()
+    return rows
+
+
+@pytest.mark.parametrize("fails_at", ["_save_part", "write_atomically"])
+def test_it_goes_on_after_a_failure_at_any_point(model, table, tmp_path, monkeypatch, fails_at):
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    keys = {"part_rows": 4, "progress": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(embeddings, fails_at, fail)
+        with pytest.raises(DataError, match="Free space and call again"):
+            embed_file(model, TOKENIZER, table, tmp_path / "out", **keys)
+    (tmp_path / "out" / ".part_000000000.parquet.partial").write_text("killed here")
+    assert embed_file(model, TOKENIZER, table, tmp_path / "out", **keys).num_embedded == 10
+    assert len(read_embeddings(tmp_path / "out")[0]) == 10
+
+
+def test_several_files_and_two_at_once(model, tmp_path):
+    for number in range(2):
+        (tmp_path / f"x{number}.csv").write_text(f'smiles,name\nCCO,"a\n7,b"\nC1,bad{number}\nCN,c\n')
+    keys = {"on_bad": "drop", "part_rows": 2, "progress": False}
+    done = embed_file(model, TOKENIZER, tmp_path / "x[0..1].csv", tmp_path / "out", **keys)
+    rejects = read_rejects(tmp_path / "out")
+    assert done.num_rejected == len(rejects) == 2 and [row["row"] for row in rejects] == ["1", "4"]
+    assert [row["file"][-6:] for row in rejects] == ["x0.csv", "x1.csv"]
+    assert len(read_embeddings(tmp_path / "out")[0]) == 4
+    with hold_folder(tmp_path / "out", "a test"), pytest.raises(DataError, match="another process is at work"):
+        embed_file(model, TOKENIZER, tmp_path / "x[0..1].csv", tmp_path / "out", **keys)
+
+
+def test_absurd_texts_are_not_parsed(model, tmp_path):
+    (tmp_path / "long.csv").write_text("smiles\nCCO\n" + "C" * 19_999 + "\n\n")
+    done = embed_file(model, TOKENIZER, tmp_path / "long.csv", tmp_path / "out", on_bad="drop", progress=False)
+    assert done.num_embedded == 1 and "19999 characters" in read_rejects(tmp_path / "out")[0]["reason"]
+
+
 def test_bad_rows(model, tmp_path):
     path = tmp_path / "bad.csv"
     path.write_text(f"smiles\nCCO\nC1CC\n{'C' * 39}\n[Og]\nCN\n")
@@ -80,9 +124,10 @@ def test_bad_rows(model, tmp_path):
             model, TOKENIZER, path, tmp_path / f"out{part_rows}", on_bad="drop", part_rows=part_rows, progress=False
         )
         assert (done.num_rows, done.num_embedded, done.num_rejected) == (5, 2, 3)
-        lines = (tmp_path / f"out{part_rows}" / "rejects.csv").read_text().splitlines()
-        assert lines[0] == "row,text,reason" and [line.split(",")[0] for line in lines[1:]] == ["3", "4", "5"]
-        assert "unclosed ring" in lines[1] and "39 tokens" in lines[2] and "vocabulary" in lines[3]
+        rejects = read_rejects(tmp_path / f"out{part_rows}")
+        assert [(row["row"], row["line"]) for row in rejects] == [("1", "3"), ("2", "4"), ("3", "5")]
+        for row, words in zip(rejects, ("unclosed ring", "39 tokens", "vocabulary"), strict=True):
+            assert words in row["reason"]
     with pytest.raises(DataError, match=r"bad.csv row 3: .*cannot be parsed"):
         embed_file(model, TOKENIZER, path, tmp_path / "none", progress=False)
 
@@ -93,6 +138,8 @@ def test_foreign_folders_and_values(model, table, tmp_path):
         embed_file(build(4), TOKENIZER, table, tmp_path / "out", progress=False)
     with pytest.raises(DataError, match="another form"):
         embed_file(model, TOKENIZER, table, tmp_path / "out", form="npz", progress=False)
+    with pytest.raises(DataError, match="another smiles_column"):
+        embed_file(model, TOKENIZER, table, tmp_path / "out", smiles_column="smiles", progress=False)
     with pytest.raises(DataError, match="other files"):
         embed_file(model, TOKENIZER, table, tmp_path, progress=False)
     with pytest.raises(DataError, match="do not exist"):
@@ -110,10 +157,10 @@ def test_a_full_disk_leaves_whole_parts(model, table, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (700, hard))
         with pytest.raises(DataError, match="Free space"):
             embed_file(model, TOKENIZER, table, tmp_path / "out", **keys)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not list((tmp_path / "out").glob("*part_*"))
     assert embed_file(model, TOKENIZER, table, tmp_path / "out", **keys).num_embedded == 10

@@ -1,5 +1,6 @@
 """Guided optimisation: it finds better molecules, and goes on as if nothing had happened."""
 
+import copy
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from biokit.chem.molecules import canonicalize, parse_smiles
 from biokit.chem.objectives import constrained, property_objective, similarity_objective, total
 from biokit.config import ModelConfig
 from biokit.errors import ConfigError, DataError
+from biokit.generate.kept import hold_folder
 from biokit.generate.optimise import optimise
 from biokit.models.molbart import MOLBART
 from biokit.tokenizers import SmilesTokenizer
@@ -103,11 +105,28 @@ def test_what_cannot_be(model, tmp_path):
     with pytest.raises(DataError, match="Start elsewhere"):
         optimise(model, TOKENIZER, "CCO", lambda smiles: math.nan, **KEYS)
     optimise(model, TOKENIZER, "CCO", weight, folder=tmp_path, **(KEYS | {"num_generations": 1}))
-    with pytest.raises(DataError, match="another start and hiddens"):
+    with pytest.raises(DataError, match="another start"):
         optimise(model, TOKENIZER, "CCN", weight, folder=tmp_path, **KEYS)
+    with pytest.raises(DataError, match="another model"):
+        optimise(copy_with_another_head(model), TOKENIZER, "CCO", weight, folder=tmp_path, **KEYS)
+    with hold_folder(tmp_path, "a test"), pytest.raises(DataError, match="another process is at work"):
+        optimise(model, TOKENIZER, "CCO", weight, folder=tmp_path, **KEYS)
+    (tmp_path / "history.jsonl").write_text('{"smiles": ["C"], "scores": [1.0]}\n')
+    with pytest.raises(DataError, match="not 8 molecules"):
+        optimise(model, TOKENIZER, "CCO", weight, folder=tmp_path, **KEYS)
     (tmp_path / "history.jsonl").write_text("no json\n")
     with pytest.raises(DataError, match="Give a new folder"):
         optimise(model, TOKENIZER, "CCO", weight, folder=tmp_path, **KEYS)
+    (tmp_path / "optimisation.json").write_text("[]")
+    with pytest.raises(DataError, match="it is no object"):
+        optimise(model, TOKENIZER, "CCO", weight, folder=tmp_path, **KEYS)
+
+
+def copy_with_another_head(model):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.head.tokens.bias += 1
+    return other
 
 
 def test_objectives_by_hand():

@@ -2,15 +2,14 @@
 
 The folder that `embed_file` writes holds parts of so many rows, each of which appears whole:
     part_000000000.parquet      columns row, smiles, embedding; or part_000000000.npz with arrays of these names
-    rejects.csv                 row, text and reason of what has no embedding (on_bad="drop")
+    rejects_000000000.csv       row, file, line, text and reason of what has no embedding (on_bad="drop")
     embeddings.json             what was asked, and how far it is
-The number in a part's name is that of its first row in the file.
+`row` counts the rows of the table, all its files together, from 0; a part's name has that of its first one.
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -21,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from biokit.chem.molecules import CleanOptions, clean_molecule
 from biokit.data.paths import expand_paths
 from biokit.data.tables import Row, read_table
 from biokit.errors import ConfigError, DataError
+from biokit.generate.kept import check_settings, fingerprint, hold_folder
 from biokit.generate.latent import embed
 from biokit.models.molbart import MolBART
 from biokit.runs import flush_to_disk, write_atomically
@@ -36,6 +35,8 @@ if TYPE_CHECKING:
 
 FORMS = ("parquet", "npz")
 STATE = "embeddings.json"
+COUNTS = ("num_rows", "num_embedded", "num_rejected")
+CHARS_A_TOKEN, MAX_CHARS = 12, 8_000  # longer texts are not parsed: RDKit ends the process on some
 
 
 @dataclass
@@ -44,7 +45,7 @@ class _Part:
 
     numbers: list[int] = field(default_factory=list)
     smiles: list[str] = field(default_factory=list)
-    rejects: list[tuple[int, str, str]] = field(default_factory=list)
+    rejects: list[tuple[int, str, int, str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def embed_file(
     Args:
         batch_size: molecules encoded at once; those of a part are sorted by length first.
         part_rows: rows a part; memory is bounded by one part.
-        on_bad: `raise`, or `drop`: a row that cannot be embedded goes to rejects.csv with its reason.
+        on_bad: `raise`, or `drop`: a row that cannot be embedded goes to the rejects with its reason.
 
     Raises:
         ConfigError: a value outside its range.
@@ -89,8 +90,10 @@ def embed_file(
     for name, number in (("batch_size", batch_size), ("part_rows", part_rows)):
         if number < 1:
             raise ConfigError(f"{name}={number}", "it is out of range", "Give 1 or more")
-    job = _Job(model, tokenizer, Path(table), Path(folder), form, batch_size, part_rows, on_bad)
-    return job.run(smiles_column, progress)
+    job = _Job(model, tokenizer, Path(table), Path(folder), form, smiles_column, batch_size, part_rows, on_bad)
+    files = expand_paths(str(table))
+    with hold_folder(job.folder, job.asked):
+        return job.run(files, progress)
 
 
 def read_embeddings(folder: str | Path) -> tuple[list[str], npt.NDArray[np.float32]]:
@@ -114,93 +117,83 @@ class _Job:
     """One table into one folder."""
 
     def __init__(
-        self, model: MolBART, tokenizer: SmilesTokenizer, table: Path, folder: Path, form: str, batch_size: int,
-        part_rows: int, on_bad: str,
+        self, model: MolBART, tokenizer: SmilesTokenizer, table: Path, folder: Path, form: str, smiles_column: str,
+        batch_size: int, part_rows: int, on_bad: str,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.table, self.folder = model, tokenizer, table, folder
-        self.form, self.batch_size, self.part_rows, self.on_bad = form, batch_size, part_rows, on_bad
+        self.form, self.smiles_column, self.batch_size = form, smiles_column, batch_size
+        self.part_rows, self.on_bad = part_rows, on_bad
         self.max_tokens = model.embed.embedding.num_positions - 2
+        self.asked = f"embed {table} into {folder}"
 
-    def run(self, smiles_column: str, progress: bool) -> EmbeddedFile:
+    def run(self, files: list[Path], progress: bool) -> EmbeddedFile:
         from tqdm.auto import tqdm
 
-        rows = read_table(self.table, smiles_column=smiles_column)
-        state = self._open()
+        stats = [(path.resolve(), path.stat()) for path in files]
+        settings = {
+            "table": [[str(path), found.st_size, found.st_mtime_ns] for path, found in stats],
+            "smiles_column": self.smiles_column, "model": fingerprint(self.model, self.tokenizer), "form": self.form,
+            "part_rows": self.part_rows, "on_bad": self.on_bad,
+        }  # fmt: skip
+        state = dict.fromkeys(COUNTS, 0) | check_settings(self.folder / STATE, settings, self.asked)
+        rows = read_table(self.table, smiles_column=self.smiles_column)
         with tqdm(desc="embedding", unit=" molecules", initial=state["num_rows"], disable=not progress) as bar:
             for _ in islice(rows, state["num_rows"]):
                 pass
             while part_of_rows := list(islice(rows, self.part_rows)):
                 self._write_part(part_of_rows, state, bar)
-        return EmbeddedFile(self.folder, **{name: state[name] for name in ("num_rows", "num_embedded", "num_rejected")})
-
-    def _open(self) -> dict[str, Any]:
-        """How far the folder is. Raises DataError where it holds something else."""
-        files = [[str(path.resolve()), path.stat().st_size] for path in expand_paths(str(self.table))]
-        asked = {
-            "table": files,
-            "model": _fingerprint(self.model, self.tokenizer),
-            "form": self.form,
-            "part_rows": self.part_rows,
-        }
-        path = self.folder / STATE
-        if not path.exists():
-            if self.folder.is_dir() and any(self.folder.iterdir()):
-                raise DataError(f"embed into {self.folder}", "it holds other files", "Give a new folder")
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                found = f"it cannot be made ({error.strerror})"
-                raise DataError(f"embed into {self.folder}", found, "Give another folder") from error
-            return asked | {"num_rows": 0, "num_embedded": 0, "num_rejected": 0}
-        try:
-            state: dict[str, Any] = json.loads(path.read_text())
-            differs = [name for name, value in asked.items() if state[name] != value]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}", "it cannot be read", "Give a new folder") from error
-        if differs:
-            found = f"it holds those of another {' and '.join(differs)}"
-            raise DataError(f"embed into {self.folder}", found, "Give a new folder, or what was given then")
-        return state
+        return EmbeddedFile(self.folder, **{name: state[name] for name in COUNTS})
 
     def _write_part(self, rows: list[Row], state: dict[str, Any], bar: Any) -> None:
-        part = _Part()
-        for row in rows:
-            self._take(row, part)
+        part, first = _Part(), state["num_rows"]
+        for number, row in enumerate(rows, first):
+            self._take(number, row, part)
         values_ND = self._encode(part.smiles, bar)
-        first = state["num_rows"]
-        state["num_rows"] += len(rows)
-        state["num_embedded"] += len(part.smiles)
-        state["num_rejected"] += len(part.rejects)
+        done = {
+            "num_rows": first + len(rows),
+            "num_embedded": state["num_embedded"] + len(part.smiles),
+            "num_rejected": state["num_rejected"] + len(part.rejects),
+        }
         try:
             if part.smiles:
                 _save_part(self.folder / f"part_{first:09d}.{self.form}", part, values_ND)
             if part.rejects:
-                self._note_rejects(part)
-            write_atomically(self.folder / STATE, json.dumps(state, indent=1) + "\n")
+                write_atomically(self.folder / f"rejects_{first:09d}.csv", _format_rejects(part))
+            write_atomically(self.folder / STATE, json.dumps(state | done, indent=1) + "\n")
         except OSError as error:
-            found = f"it cannot be written ({error.strerror})"
             do = "Free space and call again: it goes on behind the last whole part"
-            raise DataError(f"embeddings in {self.folder}", found, do) from error
+            raise DataError(self.asked, f"it cannot be written ({error.strerror})", do) from error
+        state |= done
 
-    def _take(self, row: Row, part: _Part) -> None:
+    def _take(self, number: int, row: Row, part: _Part) -> None:
         try:
-            if row.problem:
-                raise DataError(row.name or row.text[:80], f"{row.problem} {row.detail}".strip(), "Mend it")
-            smiles = clean_molecule(row.text, CleanOptions(salts="keep"), row.is_mol_block).smiles
-            ids = self.tokenizer.encode(smiles)
-            if not len(ids) or self.tokenizer.unknown_id in ids:
-                raise DataError(smiles, "it has tokens outside the model's vocabulary", "Leave it out")
-            if len(ids) > self.max_tokens:
-                found = f"it has {len(ids)} tokens, the model takes {self.max_tokens}"
-                raise DataError(smiles, found, "Leave it out")
+            smiles = self._read(row)
         except DataError as error:
             if self.on_bad == "raise":
-                asked = f"{row.file} row {row.row}: {error.asked}"
-                raise DataError(asked, error.found, 'Mend the row, or pass on_bad="drop"') from error
-            part.rejects.append((row.row, row.name if row.is_mol_block else row.text, error.found))
+                shown = f"{row.file} row {row.row}" + (f": {error.asked}" if error.asked else "")
+                raise DataError(shown, error.found, 'Mend the row, or pass on_bad="drop"') from error
+            text = row.name if row.is_mol_block else row.text
+            part.rejects.append((number, row.file, row.row, text, error.found))
             return
-        part.numbers.append(row.row)
+        part.numbers.append(number)
         part.smiles.append(smiles)
+
+    def _read(self, row: Row) -> str:
+        """The canonical SMILES. Raises DataError where it has no embedding."""
+        do = "Leave it out"
+        if row.problem:
+            raise DataError(row.text[:80], f"{row.problem} {row.detail}".strip(), do)
+        if not row.is_mol_block and len(row.text) > min(CHARS_A_TOKEN * self.max_tokens, MAX_CHARS):
+            found = f"it has {len(row.text)} characters, the model takes {self.max_tokens} tokens"
+            raise DataError(f'SMILES "{row.text[:80]}..."', found, do)
+        smiles = clean_molecule(row.text, CleanOptions(salts="keep"), row.is_mol_block).smiles
+        ids = self.tokenizer.encode(smiles)
+        if not len(ids) or self.tokenizer.unknown_id in ids:
+            raise DataError(f'SMILES "{smiles}"', "it has tokens outside the model's vocabulary", do)
+        if len(ids) > self.max_tokens:
+            found = f"it has {len(ids)} tokens, the model takes {self.max_tokens}"
+            raise DataError(f'SMILES "{smiles}"', found, do)
+        return smiles
 
     def _encode(self, smiles: list[str], bar: Any) -> npt.NDArray[np.float32]:
         """The vectors in the order given; batches hold molecules of like lengths."""
@@ -212,23 +205,13 @@ class _Job:
             bar.update(len(batch))
         return values_ND
 
-    def _note_rejects(self, part: _Part) -> None:
-        """The file holds each row once, also where a part is done again: its earlier rows are left as they are."""
-        path = self.folder / "rejects.csv"
-        text = path.read_text(encoding="utf-8") if path.exists() else "row,text,reason\n"
-        known = {line.split(",", 1)[0] for line in text.splitlines()}
-        out = io.StringIO()
-        csv.writer(out, lineterminator="\n").writerows(row for row in part.rejects if str(row[0]) not in known)
-        write_atomically(path, text + out.getvalue())
 
-
-def _fingerprint(model: MolBART, tokenizer: SmilesTokenizer) -> str:
-    """Of the weights and the vocabulary: embeddings of two models do not mix."""
-    digest = hashlib.sha256(tokenizer.hash.encode())
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().float().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _format_rejects(part: _Part) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["row", "file", "line", "text", "reason"])
+    writer.writerows(part.rejects)
+    return out.getvalue()
 
 
 def _save_part(path: Path, part: _Part, values_ND: npt.NDArray[np.float32]) -> None:

@@ -5,7 +5,7 @@ Shapes: P population, S tokens, D hidden.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -20,6 +20,7 @@ import torch
 from biokit.chem.molecules import canonicalize
 from biokit.errors import ConfigError, DataError, EngineError
 from biokit.generate.inputs import Hiddens, encode_smiles, hiddens_of
+from biokit.generate.kept import check_settings, fingerprint, hold_folder
 from biokit.generate.sampling import sample_molecules
 from biokit.models.molbart import MolBART
 from biokit.runs import write_atomically
@@ -114,10 +115,17 @@ def optimise(
             do = "Give num_generations of 1 or more, population of 4 or more, sigma above 0"
             raise ConfigError(f"{name}={value}", "it is out of range", do)
     search = _Search(model, tokenizer, canonicalize(start), objective, population, sigma, grammar, seed)
-    kept = _Kept(Path(folder), search.settings) if folder else None
     found = Optimisation(search.start, search.score(search.start))
     if math.isnan(found.start_score):
         raise DataError(f"optimise from {start}", "the objective cannot score it", "Start elsewhere")
+    with hold_folder(Path(folder), f"optimise in {folder}") if folder else contextlib.nullcontext():
+        kept = _Kept(Path(folder), search.settings) if folder else None
+        _go_on(search, found, kept, num_generations, progress)
+    return found
+
+
+def _go_on(search: _Search, found: Optimisation, kept: _Kept | None, num_generations: int, progress: bool) -> None:
+    """From the last generation that is kept to the end."""
     for generation in kept.generations() if kept else []:
         search.replay(generation)
         found.generations.append(generation)
@@ -137,7 +145,6 @@ def optimise(
                     kept.add(found.generations[-1])
                 bar.set_postfix(best=f"{found.best_by_generation[-1]:.4f}")
                 bar.update()
-    return found
 
 
 class _Search:
@@ -166,7 +173,7 @@ class _Search:
         self.strategy = cma.CMAEvolutionStrategy(np.zeros(size), sigma, options)
         self.settings = {
             "start": start, "population": population, "sigma": sigma, "grammar": grammar, "seed": seed,
-            "hiddens": hashlib.sha256(self.hiddens.values_BSD.float().cpu().numpy().tobytes()).hexdigest(),
+            "model": fingerprint(model, tokenizer),
         }  # fmt: skip
 
     def step(self) -> Generation:
@@ -206,18 +213,8 @@ class _Kept:
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.history, self.stop_file = folder / HISTORY, folder / STOP
-        path = folder / SETTINGS
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                write_atomically(path, json.dumps(settings, indent=1) + "\n")
-            known = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            found = f"its folder cannot be used ({error})"
-            raise DataError(f"optimise in {folder}", found, "Give another folder") from error
-        if differs := [name for name, value in settings.items() if known.get(name) != value]:
-            found = f"it holds a search with another {' and '.join(differs)}"
-            raise DataError(f"optimise in {folder}", found, "Give a new folder, or what was given then")
+        self.population = int(settings["population"])
+        check_settings(folder / SETTINGS, settings, f"optimise in {folder}")
 
     def generations(self) -> list[Generation]:
         """Those of earlier calls; a last line that was not written to its end is cut off."""
@@ -227,10 +224,15 @@ class _Kept:
         if lines and not lines[-1].endswith("\n"):
             write_atomically(self.history, "".join(lines := lines[:-1]))
         try:
-            entries = [json.loads(line) for line in lines]
-            return [Generation(tuple(e["smiles"]), tuple(_number(score) for score in e["scores"])) for e in entries]
+            return [self._read(json.loads(line)) for line in lines]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.history}", f"it cannot be read ({error})", "Give a new folder") from error
+
+    def _read(self, entry: Any) -> Generation:
+        generation = Generation(tuple(map(str, entry["smiles"])), tuple(map(_number, entry["scores"])))
+        if not len(generation.smiles) == len(generation.scores) == self.population:
+            raise ValueError(f"a generation is not {self.population} molecules and their scores")
+        return generation
 
     def add(self, generation: Generation) -> None:
         scores = [None if math.isnan(score) else score for score in generation.scores]
