@@ -287,9 +287,9 @@ def test_a_training_that_loses_a_rank_goes_on() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_training_on_four_ranks_goes_on(number: int) -> None:
-    outcome = supervised.lose_a_rank(1, 1, number, 4)
+def test_a_training_on_four_ranks_goes_on() -> None:
+    """One of them is stopped: the watchdog kills it, and the run goes on as after a rank that was killed."""
+    outcome = supervised.lose_a_rank(1, 1, signal.SIGSTOP, 4)
     assert outcome.failed == 0, outcome.row
 
 
