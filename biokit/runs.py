@@ -218,17 +218,14 @@ class RunFolder:
         """
         asked = f"run {self.path}"
         try:
-            file = (self.path / ".lock").open("w")
+            lock = take_lock(self.path / ".lock")
+        except BlockingIOError as error:
+            found = "another process is training in it"
+            raise RunError(asked, found, "Wait, stop it, or give another run_dir") from error
         except OSError as error:
-            raise RunError(asked, f"it cannot be locked ({error})", "Give a run_dir that can be written") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                found = "another process is training in it"
-                raise RunError(asked, found, "Wait, stop it, or give another run_dir") from error
-            except OSError as error:
-                raise RunError(asked, f"it cannot be locked ({error})", "Give a run_dir on another disk") from error
+            do = "Give a run_dir that can be written, or on another disk"
+            raise RunError(asked, f"it cannot be locked ({error})", do) from error
+        with lock:
             self._remove_leftovers()
             yield
 
@@ -320,6 +317,21 @@ class MetricsWriter:
     def close(self) -> None:
         with contextlib.suppress(OSError):  # what a full disk did not take was said by `write`
             self._file.close()
+
+
+def take_lock(path: Path) -> IO[str]:
+    """Open a file and lock it for one process; closing it, or the end of the process, gives the lock back.
+
+    Raises:
+        BlockingIOError: another process has it. OSError: the file cannot be written, or its disk knows no locks.
+    """
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def flush_to_disk(path: Path) -> None:

@@ -28,7 +28,8 @@ def test_invalid_rows_are_as_recorded() -> None:
 
 
 def test_a_changed_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = dataclasses.replace(DATASETS["chembl2321810"], companions=((DATASETS["wehi_mols"].path, "0" * 64),))
+    other = DATASETS["chembl2321810"]
+    other = dataclasses.replace(other, files=other.files | {DATASETS["wehi_mols"].path: "0" * 64})
     monkeypatch.setitem(DATASETS, "chembl2321810", other)
     with pytest.raises(DataError, match=r"wehi_mols\.csv has sha256 ef14f29a"):
         verify("chembl2321810")

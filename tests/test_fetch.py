@@ -109,9 +109,9 @@ def index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Index]:
         monkeypatch.setenv(name, value)
     dataset = NamedDataset(
         name="tiny", description="a test's", source="its wheel", licence="none", package="tinyset",
-        path="tinyset/data/table.csv", rows=50_002, columns=("smiles", "target"), sha256=sha256(TABLE),
-        companions=(("tinyset/data/more.csv", sha256(b"more")),), version="1.0", wheel_sha256=sha256(served.wheel),
-        wheel_bytes=len(served.wheel),
+        rows=50_002, columns=("smiles", "target"), version="1.0",
+        files={"tinyset/data/table.csv": sha256(TABLE), "tinyset/data/more.csv": sha256(b"more")},
+        wheel_sha256=sha256(served.wheel), wheel_bytes=len(served.wheel),
     )  # fmt: skip
     monkeypatch.setitem(DATASETS, "tiny", dataset)
     yield served
@@ -191,7 +191,8 @@ def test_another_wheel_is_not_read(index: Index, tmp_path: Path) -> None:
 
 
 def test_a_wheel_with_other_files(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(DATASETS, "tiny", replace(DATASETS["tiny"], companions=(("tinyset/data/more.csv", "0" * 64),)))
+    changed = DATASETS["tiny"].files | {"tinyset/data/more.csv": "0" * 64}
+    monkeypatch.setitem(DATASETS, "tiny", replace(DATASETS["tiny"], files=changed))
     with pytest.raises(DataError, match=r"tinyset/data/more.csv in the wheel has sha256"):
         fetch("tiny")
     assert left(tmp_path) == []

@@ -7,7 +7,7 @@ import torch
 from biokit.config import ModelConfig
 from biokit.errors import ConfigError, DataError
 from biokit.generate import (
-    METHODS,
+    SAMPLING_METHODS,
     Hiddens,
     beam_search,
     embed,
@@ -59,7 +59,7 @@ def test_noise_has_the_size_that_is_asked_for():
     assert not torch.equal(perturb(hiddens, 1.0, 4).values_BSD, perturb(hiddens, 1.0, 5).values_BSD)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SAMPLING_METHODS)
 def test_every_method_samples_around_each_molecule(model, method):
     src = encode_smiles(TOKENIZER, SMILES)
     keys = {"radius": 1.0, "max_length": 16, "seed": 5}
@@ -101,7 +101,7 @@ def test_half_precision_goes_all_the_way():
     src = encode_smiles(TOKENIZER, SMILES)
     assert len(interpolate(half, TOKENIZER, *SMILES, num_points=3)) == 3
     assert embed(half, TOKENIZER, SMILES).dtype == np.float32
-    for method in METHODS:
+    for method in SAMPLING_METHODS:
         assert len(sample_around(half, TOKENIZER, src, 2, method, max_length=5)) == 2
 
 

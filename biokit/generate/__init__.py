@@ -5,12 +5,12 @@ What needs rdkit stands in modules of its own (`embeddings`), for training impor
 
 from biokit.generate.beams import Hypothesis, beam_search
 from biokit.generate.inputs import Hiddens, encode_smiles, hiddens_of
-from biokit.generate.latent import METHODS, embed, interpolate, mean_of, perturb, sample_around
+from biokit.generate.latent import SAMPLING_METHODS, embed, interpolate, mean_of, perturb, sample_around
 from biokit.generate.likelihood import log_likelihoods
 from biokit.generate.sampling import filter_logits, sample_like, sample_molecules
 
 __all__ = [
-    "METHODS",
+    "SAMPLING_METHODS",
     "Hiddens",
     "Hypothesis",
     "beam_search",

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from biokit.errors import ConfigError
-from biokit.generate.inputs import Hiddens, hiddens_of
+from biokit.generate.inputs import Hiddens, check_ranges, hiddens_of
 from biokit.generate.rules import TokenRules
 from biokit.models.molbart import DecodingState, MolBART
 
@@ -60,12 +59,20 @@ def beam_search(
     """
     num_positions = model.embed.embedding.num_positions
     max_length = max_length or num_positions
-    _check_beams(num_beams, num_groups, diversity, max_length, num_positions)
+    check_ranges(
+        {
+            "num_beams": (num_beams, num_beams >= 1),
+            "num_groups": (num_groups, num_groups >= 1 and num_beams % num_groups == 0),
+            "diversity": (diversity, 0 <= diversity < math.inf),
+            "max_length": (max_length, 1 <= max_length <= num_positions),
+        },
+        f"num_beams >= 1, num_groups that divides it, diversity >= 0, 0 < max_length <= {num_positions}",
+    )
     memory = hiddens_of(model, source)
     rules = TokenRules(tokenizer, memory.mask_BS.device, banned, grammar, max_length)
     search = _Search(model, tokenizer, memory, rules, num_beams, num_groups, diversity, max_length)
-    for position in range(max_length):
-        if not search.step(position):
+    for _ in range(max_length):
+        if not search.step():
             break
     return search.hypotheses(tokenizer)
 
@@ -100,7 +107,7 @@ class _Search:
         self.tokens_NT = torch.empty(num_molecules * num_beams, 0, dtype=torch.long, device=device)
         self.found: dict[int, tuple[list[list[int]], list[float]]] = {}
 
-    def step(self, position: int) -> bool:
+    def step(self) -> bool:
         """One token more for every beam; whether any goes on."""
         logits_NV = self.rules.apply(self.state.advance(self.next_N1)[:, -1].float())
         chosen_N, rows_N = self._choose(logits_NV.log_softmax(-1))
@@ -111,7 +118,7 @@ class _Search:
             if not bool(going_B.any()):
                 return False
             keep = going_B.nonzero().squeeze(1)
-            kept_N = (keep[:, None] * self.num_beams + torch.arange(self.num_beams, device=keep.device)).flatten()
+            kept_N = self.state.targets_of(keep)
             rows_N, chosen_N, self.tokens_NT = rows_N[kept_N], chosen_N[kept_N], self.tokens_NT[kept_N]
             self.scores_BGK, self.ended_BGK = self.scores_BGK[keep], self.ended_BGK[keep]
             self.molecules = self.molecules[keep]
@@ -170,15 +177,3 @@ class _Search:
 def _best_first(tokenizer: SmilesTokenizer, tokens: list[list[int]], scores: list[float]) -> list[Hypothesis]:
     pairs = sorted(zip(scores, range(len(scores)), strict=True), key=lambda pair: (-pair[0], pair[1]))
     return [Hypothesis(tokenizer.decode(tokens[row]), score) for score, row in pairs if score > float("-inf")]
-
-
-def _check_beams(num_beams: int, num_groups: int, diversity: float, max_length: int, num_positions: int) -> None:
-    for name, value, valid in (
-        ("num_beams", num_beams, num_beams >= 1),
-        ("num_groups", num_groups, num_groups >= 1 and num_beams % num_groups == 0),
-        ("diversity", diversity, 0 <= diversity < math.inf),
-        ("max_length", max_length, 1 <= max_length <= num_positions),
-    ):
-        if not valid:
-            do = f"Give num_beams >= 1, num_groups that divides it, diversity >= 0, 0 < max_length <= {num_positions}"
-            raise ConfigError(f"{name}={value}", "it is out of range", do)

@@ -25,6 +25,7 @@ from biokit.chem.molecules import CleanOptions, clean_molecule
 from biokit.data.paths import expand_paths
 from biokit.data.tables import Row, read_table
 from biokit.errors import ConfigError, DataError
+from biokit.generate.inputs import check_ranges
 from biokit.generate.kept import check_settings, fingerprint, hold_folder
 from biokit.generate.latent import embed
 from biokit.models.molbart import MolBART
@@ -87,9 +88,7 @@ def embed_file(
     for name, value, valid in (("form", form, FORMS), ("on_bad", on_bad, ("raise", "drop"))):
         if value not in valid:
             raise ConfigError(f"{name}={value}", "it is not known", f"Valid: {', '.join(valid)}")
-    for name, number in (("batch_size", batch_size), ("part_rows", part_rows)):
-        if number < 1:
-            raise ConfigError(f"{name}={number}", "it is out of range", "Give 1 or more")
+    check_ranges({"batch_size": (batch_size, batch_size >= 1), "part_rows": (part_rows, part_rows >= 1)}, "1 or more")
     job = _Job(model, tokenizer, Path(table), Path(folder), form, smiles_column, batch_size, part_rows, on_bad)
     files = expand_paths(str(table))
     with hold_folder(job.folder, job.asked):

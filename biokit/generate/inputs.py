@@ -5,15 +5,15 @@ Shapes: B batch, S source length, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from biokit.errors import DataError
+from biokit.errors import ConfigError, DataError
 from biokit.models.molbart import PAD_ID, MolBART
 
 if TYPE_CHECKING:
@@ -37,6 +37,17 @@ class Hiddens:
     def select(self, rows: torch.Tensor) -> Hiddens:
         """These rows, in this order, perhaps repeated."""
         return Hiddens(self.values_BSD[rows], self.mask_BS[rows])
+
+
+def check_ranges(values: Mapping[str, tuple[Any, bool]], valid: str) -> None:
+    """Refuse the first value, by its name, that is not in its range; `valid` says what all of them may be.
+
+    Raises:
+        ConfigError: a value whose second entry is False.
+    """
+    for name, (value, is_valid) in values.items():
+        if not is_valid:
+            raise ConfigError(f"{name}={value}", "it is out of range", f"Give {valid}")
 
 
 def encode_smiles(tokenizer: SmilesTokenizer, smiles: Sequence[str]) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from biokit.errors import DataError
-from biokit.runs import write_atomically
+from biokit.runs import take_lock, write_atomically
 
 if TYPE_CHECKING:
     from biokit.tokenizers import SmilesTokenizer
@@ -31,15 +30,13 @@ def hold_folder(folder: Path, asked: str) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("w")
+        lock = take_lock(folder / LOCK)
+    except BlockingIOError as error:
+        do = "Wait for it, or give another folder"
+        raise DataError(asked, f"another process is at work in {folder}", do) from error
     except OSError as error:
         raise DataError(asked, f"{folder} cannot be used ({error.strerror})", "Give another folder") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            found = f"another process is at work in {folder} ({error.strerror})"
-            raise DataError(asked, found, "Wait for it, or give another folder") from error
         yield
 
 

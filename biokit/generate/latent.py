@@ -14,14 +14,14 @@ import torch
 
 from biokit.errors import ConfigError
 from biokit.generate.beams import beam_search
-from biokit.generate.inputs import Hiddens, encode_smiles, hiddens_of
+from biokit.generate.inputs import Hiddens, check_ranges, encode_smiles, hiddens_of
 from biokit.generate.sampling import sample_molecules
 from biokit.models.molbart import MolBART
 
 if TYPE_CHECKING:
     from biokit.tokenizers import SmilesTokenizer
 
-METHODS = (
+SAMPLING_METHODS = (
     "greedy-perturbate", "topkp-perturbate", "beam-search-perturbate", "beam-search-single-sample",
     "beam-search-perturbate-sample",
 )  # fmt: skip
@@ -50,9 +50,7 @@ def perturb(hiddens: Hiddens, radius: float, seed: int) -> Hiddens:
     Raises:
         ConfigError: a radius outside 0 to `MAX_RADIUS`.
     """
-    if not 0 <= radius <= MAX_RADIUS:
-        do = f"Give 0 to {MAX_RADIUS:g}; 0.5 to 1.5 are usual"
-        raise ConfigError(f"radius={radius}", "it is out of range", do)
+    check_ranges({"radius": (radius, 0 <= radius <= MAX_RADIUS)}, f"0 to {MAX_RADIUS:g}; 0.5 to 1.5 are usual")
     values_BSD, mask_BS1 = hiddens.values_BSD.float(), hiddens.mask_BS[..., None]
     count_B = mask_BS1.sum((1, 2)) * values_BSD.shape[2]
     mean_B = values_BSD.masked_fill(~mask_BS1, 0.0).sum((1, 2)) / count_B
@@ -100,10 +98,11 @@ def sample_around(
     Raises:
         ConfigError: an unknown method, or a value outside its range. DataError: an input that is too long.
     """
-    if sampling_method not in METHODS:
-        raise ConfigError(f"sampling_method={sampling_method}", "it is not known", f"Valid: {', '.join(METHODS)}")
-    if num_samples < 1:
-        raise ConfigError(f"num_samples={num_samples}", "it is out of range", "Give 1 or more")
+    if sampling_method not in SAMPLING_METHODS:
+        raise ConfigError(
+            f"sampling_method={sampling_method}", "it is not known", f"Valid: {', '.join(SAMPLING_METHODS)}"
+        )
+    check_ranges({"num_samples": (num_samples, num_samples >= 1)}, "1 or more")
     hiddens = hiddens_of(model, source)
     rules: dict[str, Any] = {"banned": banned, "grammar": grammar, "max_length": max_length}
     if sampling_method in ("beam-search-single-sample", "beam-search-perturbate-sample"):
@@ -141,8 +140,7 @@ def interpolate(
     Raises:
         ConfigError: fewer than 2 points. DataError: a SMILES that cannot be encoded.
     """
-    if num_points < 2:
-        raise ConfigError(f"num_points={num_points}", "a line has two ends", "Give 2 or more")
+    check_ranges({"num_points": (num_points, num_points >= 2)}, "2 or more: a line has two ends")
     ends = hiddens_of(model, encode_smiles(tokenizer, [first, second]))
     return [beams[0].smiles for beams in beam_search(
         model, tokenizer, points_between(ends, num_points), num_beams, grammar=grammar

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from biokit.errors import ConfigError, DataError
-from biokit.generate.inputs import Hiddens, hiddens_of
+from biokit.generate.inputs import Hiddens, check_ranges, hiddens_of
 from biokit.generate.rules import TokenRules
 from biokit.models.molbart import DecodingState, MolBART
 
@@ -63,7 +63,17 @@ def sample_molecules(
     """
     num_positions = model.embed.embedding.num_positions
     max_length = max_length or num_positions
-    _check_sampling(sampling_alg, top_k, top_p, temperature, max_length, num_positions)
+    if sampling_alg not in SAMPLING_ALGS:
+        raise ConfigError(f"sampling_alg={sampling_alg}", "it is not known", f"Valid: {', '.join(SAMPLING_ALGS)}")
+    check_ranges(
+        {
+            "top_k": (top_k, top_k >= 0),
+            "top_p": (top_p, 0 < top_p <= 1),
+            "temperature": (temperature, 0 < temperature < math.inf),
+            "max_length": (max_length, 1 <= max_length <= num_positions),
+        },
+        f"top_k >= 0, 0 < top_p <= 1, temperature > 0, 0 < max_length <= {num_positions}",
+    )
     memory = hiddens_of(model, source)
     device = memory.mask_BS.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -145,19 +155,3 @@ def filter_logits(logits_BV: torch.Tensor, top_k: int, top_p: float) -> torch.Te
         drop_BV = (mass_before_BV >= top_p).scatter(1, order_BV, mass_before_BV >= top_p)
         logits_BV = logits_BV.masked_fill(drop_BV, float("-inf"))
     return logits_BV
-
-
-def _check_sampling(
-    sampling_alg: str, top_k: int, top_p: float, temperature: float, max_length: int, num_positions: int
-) -> None:
-    if sampling_alg not in SAMPLING_ALGS:
-        raise ConfigError(f"sampling_alg={sampling_alg}", "it is not known", f"Valid: {', '.join(SAMPLING_ALGS)}")
-    for name, value, valid in (
-        ("top_k", top_k, top_k >= 0),
-        ("top_p", top_p, 0 < top_p <= 1),
-        ("temperature", temperature, 0 < temperature < math.inf),
-        ("max_length", max_length, 1 <= max_length <= num_positions),
-    ):
-        if not valid:
-            ranges = f"top_k >= 0, 0 < top_p <= 1, temperature > 0, 0 < max_length <= {num_positions}"
-            raise ConfigError(f"{name}={value}", "it is out of range", f"Give {ranges}")

@@ -233,8 +233,11 @@ class DecodingState:
     def select(self, rows: torch.Tensor) -> None:
         """Keep these memories and their targets, in this order (finished ones leave)."""
         self.select_memories(rows)
-        targets = torch.arange(self.num_targets, device=rows.device)
-        self.select_targets((rows[:, None] * self.num_targets + targets).flatten())
+        self.select_targets(self.targets_of(rows))
+
+    def targets_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of the targets of these memories."""
+        return (rows[:, None] * self.num_targets + torch.arange(self.num_targets, device=rows.device)).flatten()
 
     def select_memories(self, rows: torch.Tensor) -> None:
         """Keep these memories, in this order; `select_targets` must follow with the targets of these."""

@@ -51,7 +51,7 @@ def describe_dataset(name: str) -> Table:
         ["columns", ", ".join(dataset.columns)],
         ["source", f"{dataset.source} ({dataset.package} {dataset.version or 'as installed'})"],
         ["licence", dataset.licence],
-        ["sha256", dataset.sha256],
+        ["sha256", dataset.files[dataset.path]],
     ]
     if not is_here(dataset):
         return Table(["", ""], [*rows, ["where", f"not fetched: biokit data fetch {name}"]])

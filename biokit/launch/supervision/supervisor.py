@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import enum
-import fcntl
 import math
 import os
 import signal
@@ -36,7 +35,7 @@ from biokit.launch.states import SupervisorState, write_state
 from biokit.launch.supervision.lives import Life
 from biokit.launch.supervision.watchdog import Watchdog
 from biokit.launch.tree import become_subreaper, end_tree, list_descendants
-from biokit.runs import RunFolder
+from biokit.runs import RunFolder, take_lock
 from biokit.secrets import mask_file
 
 EXIT_USER_ERROR = 2
@@ -347,12 +346,13 @@ def _locked(folder: RunFolder, node_rank: int) -> Iterator[None]:
     """Hold a run for one supervisor a node; the lock ends with the process, however it ends."""
     path = folder.supervisor_file(node_rank).with_suffix(".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            found = f"another supervisor is at work in it ({error.strerror})"
-            raise RunError(f"run {folder.path}", found, "Stop it, or give another run_dir") from error
+    try:
+        lock = take_lock(path)
+    except OSError as error:
+        busy = isinstance(error, BlockingIOError)
+        found = f"{'another supervisor is at work in it' if busy else 'it cannot be locked'} ({error.strerror})"
+        raise RunError(f"run {folder.path}", found, "Stop it, or give another run_dir") from error
+    with lock:
         yield
 
 

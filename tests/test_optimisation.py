@@ -13,7 +13,7 @@ from biokit.chem.objectives import constrained, property_objective, similarity_o
 from biokit.config import ModelConfig
 from biokit.errors import ConfigError, DataError
 from biokit.generate.kept import hold_folder
-from biokit.generate.optimise import optimise
+from biokit.generate.optimisation import optimise
 from biokit.models.molbart import MOLBART
 from biokit.tokenizers import SmilesTokenizer
 

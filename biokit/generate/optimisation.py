@@ -18,8 +18,9 @@ import numpy.typing as npt
 import torch
 
 from biokit.chem.molecules import canonicalize
-from biokit.errors import ConfigError, DataError, EngineError
-from biokit.generate.inputs import Hiddens, encode_smiles, hiddens_of
+from biokit.chem.scores import canonicalize_all
+from biokit.errors import DataError, EngineError
+from biokit.generate.inputs import Hiddens, check_ranges, encode_smiles, hiddens_of
 from biokit.generate.kept import check_settings, fingerprint, hold_folder
 from biokit.generate.sampling import sample_molecules
 from biokit.models.molbart import MolBART
@@ -107,13 +108,14 @@ def optimise(
         ConfigError: a value outside its range.
         DataError: a start that cannot be encoded or scored; an objective that fails; another search's folder.
     """
-    for name, value, valid in (
-        ("num_generations", num_generations, num_generations >= 1), ("population", population, population >= 4),
-        ("sigma", sigma, 0 < sigma < math.inf),
-    ):  # fmt: skip
-        if not valid:
-            do = "Give num_generations of 1 or more, population of 4 or more, sigma above 0"
-            raise ConfigError(f"{name}={value}", "it is out of range", do)
+    check_ranges(
+        {
+            "num_generations": (num_generations, num_generations >= 1),
+            "population": (population, population >= 4),
+            "sigma": (sigma, 0 < sigma < math.inf),
+        },
+        "num_generations of 1 or more, population of 4 or more, sigma above 0",
+    )
     search = _Search(model, tokenizer, canonicalize(start), objective, population, sigma, grammar, seed)
     found = Optimisation(search.start, search.score(search.start))
     if math.isnan(found.start_score):
@@ -179,8 +181,7 @@ class _Search:
     def step(self) -> Generation:
         """Try one generation."""
         points: list[Values] = self.strategy.ask()
-        texts = self._decode(np.stack(points))
-        smiles = tuple(_canonical(text) for text in texts)
+        smiles = tuple(canonicalize_all(self._decode(np.stack(points))))
         generation = Generation(smiles, tuple(self.score(one) if one else math.nan for one in smiles))
         self.strategy.tell(points, _costs(generation.scores))
         return generation
@@ -253,10 +254,3 @@ def _costs(scores: tuple[float, ...]) -> list[float]:
     known = [-score for score in scores if not math.isnan(score)]
     worst = max(known, default=0.0) + 1.0
     return [worst if math.isnan(score) else -score for score in scores]
-
-
-def _canonical(text: str) -> str:
-    try:
-        return canonicalize(text) if text else ""
-    except DataError:
-        return ""
