@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from biokit.errors import RunError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -66,3 +67,10 @@ def picture_of(figure: Figure, alt: str) -> Picture:
     FigureCanvasAgg(figure)
     figure.savefig(buffer, format="png", metadata={"Description": alt.replace("\n", " "), "Software": None})
     return Picture(buffer.getvalue(), alt)
+
+
+def frame_axes(axes: Axes) -> None:
+    """The frame that all diagrams share: a pale grid, no line above or on the right."""
+    axes.grid(True, color="#e4e4e4", lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

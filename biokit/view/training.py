@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from biokit.errors import BiokitError, RunError
 from biokit.runs import RunFolder
 from biokit.safe_files import to_float, to_whole
-from biokit.view.picture import Picture, picture_of
+from biokit.view.picture import Picture, frame_axes, picture_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -305,8 +305,7 @@ def style_axes(axes: Axes, title: str) -> None:
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel("step", fontsize=9)
     axes.tick_params(labelsize=9)
-    axes.grid(True, color="#e4e4e4", lw=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    frame_axes(axes)
 
 
 def _series(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

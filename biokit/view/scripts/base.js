@@ -1,6 +1,6 @@
 "use strict";
-// What every view shares. A view's own script defines `draw(root, data)`, which returns nothing; `biokitView` calls it
-// for each place on the page where the view stands, and leaves the picture there if it fails.
+// What every view shares. A view's own script defines `draw(root, data, place)`, which returns nothing; `biokitView`
+// calls it for each place on the page where the view stands, and leaves the picture there if it fails.
 function biokitView(places, data) {
   for (const place of Array.from(places)) {
     if (place.dataset.drawn) continue;
@@ -8,7 +8,7 @@ function biokitView(places, data) {
     root.className = "biokit-live";
     root.style.cssText = "font:13px/1.4 'DejaVu Sans',Verdana,sans-serif;color:#212121;background:#fff;max-width:100%";
     try {
-      draw(root, data);
+      draw(root, data, place);
     } catch (error) {
       console.error("biokit: the view stays a picture:", error);
       continue;
@@ -26,6 +26,14 @@ function make(name, attributes, ...children) {
     else if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
     else element.setAttribute(key, value);
   }
+  element.append(...children);
+  return element;
+}
+
+// The same for a shape of an SVG drawing.
+function shape(name, attributes, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
   element.append(...children);
   return element;
 }
