@@ -101,6 +101,12 @@ def _parser() -> argparse.ArgumentParser:
     split.add_argument("directory", type=Path, metavar="DIR", help="a new folder")
     split.set_defaults(run=_run_split_layers)
 
+    export = commands.add_parser("export-model", help="write the model of a checkpoint by itself, without the training")
+    export.add_argument("source", metavar="MODEL", help="a checkpoint, a run folder (its newest one) or a model")
+    export.add_argument("directory", type=Path, metavar="DIR", help="a new folder")
+    export.add_argument("--dtype", default="bf16", help="of the weights: bf16 (default) or fp32")
+    export.set_defaults(run=_run_export_model)
+
     _add_reshard(commands.add_parser("reshard", help="write a checkpoint cut for another layout, or in biokit's form"))
 
     notebook = commands.add_parser("notebook", help="execute a notebook by papermill into a run folder")
@@ -186,6 +192,15 @@ def _run_split_layers(options: argparse.Namespace) -> int:
 
     layers = split_layers(options.checkpoint, options.directory)["layers"]
     print(f"{len(layers)} layers, {sum(layer['bytes'] for layer in layers):,} bytes: {options.directory}")
+    return 0
+
+
+def _run_export_model(options: argparse.Namespace) -> int:
+    from biokit.model_folder import export_model
+
+    about = export_model(options.source, options.directory, options.dtype).about
+    size = sum(entry["bytes"] for entry in about["files"].values())
+    print(f"{about['num_parameters']:,} parameters in {about['dtype']}, {size:,} bytes: {options.directory}")
     return 0
 
 

@@ -61,9 +61,14 @@ class Checkpoint:
 
 
 class TensorFile(Mapping[str, torch.Tensor]):
-    """The tensors of a safetensors file, each read when it is looked up: memory holds one at a time."""
+    """The tensors of a safetensors file, each read when it is looked up: memory holds one at a time.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        dtype: of what is given; None: as in the file.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype | None = None) -> None:
+        self._dtype = dtype
         try:
             self._file = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
@@ -75,7 +80,8 @@ class TensorFile(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._names:
             raise KeyError(name)
-        return self._file.get_tensor(name)
+        tensor = self._file.get_tensor(name)
+        return tensor if self._dtype is None else tensor.to(self._dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -85,11 +91,12 @@ class TensorFile(Mapping[str, torch.Tensor]):
 
     def forms(self) -> dict[str, torch.Tensor]:
         """Shape and type of every tensor, without its data."""
-        slices = {name: self._file.get_slice(name) for name in self._names}
-        return {
-            name: torch.empty(part.get_shape(), dtype=DTYPES.get(part.get_dtype(), torch.uint8), device="meta")
-            for name, part in slices.items()
-        }
+        forms = {}
+        for name in self._names:
+            part = self._file.get_slice(name)
+            dtype = self._dtype or DTYPES.get(part.get_dtype(), torch.uint8)
+            forms[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+        return forms
 
 
 def save_checkpoint(
@@ -125,7 +132,7 @@ def save_checkpoint(
             entries = pool.map(describe_file, [partial / name for name in FILES])
             files = dict(zip(FILES, entries, strict=True))
         manifest = {"format": FORMAT, "step": step, "files": files, **about}
-        (partial / MANIFEST).write_text(_sealed(manifest))
+        (partial / MANIFEST).write_text(seal_manifest(manifest))
         for path in [*partial.iterdir(), partial]:
             flush_to_disk(path)
         partial.rename(final)
@@ -244,14 +251,18 @@ def load_checkpoint(path: Path, check: bool = True) -> Checkpoint:
     """
     manifest, started = read_manifest(path), time.perf_counter()
     if check:
-        _check_files(path, manifest)
+        check_files(path, manifest["files"])
     state = json.loads((path / STATE).read_text())
     check_s = time.perf_counter() - started
     return Checkpoint(TensorFile(path / MODEL), TensorFile(path / OPTIMIZER), state, manifest, check_s)
 
 
-def _check_files(path: Path, manifest: Mapping[str, Any]) -> None:
-    entries: dict[str, dict[str, Any]] = manifest["files"]
+def check_files(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Compare the files of a folder with what its manifest says of each.
+
+    Raises:
+        CheckpointError: a missing or altered file.
+    """
     with ThreadPoolExecutor() as pool:
         found = dict(zip(entries, pool.map(lambda name: _entry_or_none(path / name), entries), strict=True))
     bad = [name for name, entry in entries.items() if found[name] != entry]
@@ -286,13 +297,19 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if name and int(name.group(1)) != manifest.get("step"):
         found = f"it was made at step {manifest.get('step')}"
         raise CheckpointError(f"checkpoint {path}", found, "Give the folder its own name again, or move it away")
-    seal = manifest.pop(SEAL, None)
-    if seal is None or _sealed(manifest) != text:
+    unsealed = unseal_manifest(manifest, text)
+    if unsealed is None:
         raise CheckpointError(f"checkpoint {path}", "its manifest is altered", "Restore the folder from a copy")
-    return manifest
+    return unsealed
 
 
-def _sealed(manifest: Mapping[str, Any]) -> str:
+def unseal_manifest(manifest: Mapping[str, Any], text: str) -> dict[str, Any] | None:
+    """The entries of a manifest that was read from a text; None where that is not what `seal_manifest` wrote."""
+    unsealed = {key: value for key, value in manifest.items() if key != SEAL}
+    return unsealed if SEAL in manifest and seal_manifest(unsealed) == text else None
+
+
+def seal_manifest(manifest: Mapping[str, Any]) -> str:
     """The text of a manifest with the sha256 of its entries; any other text is noticed when it is read."""
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     return json.dumps({**manifest, SEAL: digest}, indent=1, sort_keys=True)

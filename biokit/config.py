@@ -150,7 +150,7 @@ class RunConfig:
     do_training: bool = True
     strategy: str = "Single"
     resume: bool = True  # go on from the newest checkpoint in run_dir
-    load: str = ""  # a checkpoint or a run to go on from (or layer files to start from) where run_dir has none yet
+    load: str = ""  # a checkpoint or a run to go on from (a model or layer files to start from) where run_dir has none
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from biokit.checkpoint import Checkpoint, check_tensors, find_checkpoint, newest_checkpoint
+from biokit.checkpoint import Checkpoint, check_tensors, newest_checkpoint
 from biokit.config import RunConfig, config_from_dict, config_to_dict
 from biokit.errors import CheckpointError, ConfigError, RunError
+from biokit.model_folder import SavedModel, find_model_folder, is_model_folder
 from biokit.parallel.layer_files import is_layer_folder
 from biokit.parallel.processes import Processes
 from biokit.parallel.strategy import Strategy
@@ -24,10 +25,11 @@ FREE = ("data.dataset_path", "data.dataset.", "data.store_dir", "data.num_worker
 
 @dataclass(frozen=True)
 class Start:
-    """A checkpoint to go on from, or a folder of layer files to begin with, or neither."""
+    """A checkpoint to go on from, or a model or a folder of layer files to begin with, or nothing."""
 
     checkpoint: Path | None = None
     layers: Path | None = None
+    model: Path | None = None
 
 
 def find_start(config: RunConfig, folder: RunFolder, processes: Processes) -> Start:
@@ -35,14 +37,14 @@ def find_start(config: RunConfig, folder: RunFolder, processes: Processes) -> St
 
     Raises:
         RunError: the run has checkpoints and `resume=false`.
-        CheckpointError: `load` is no checkpoint, run or folder of layer files.
+        CheckpointError: `load` is no checkpoint, run, model or folder of layer files.
     """
     kind, path = "", Path()
     with processes.together("finding where the run begins"):
         if processes.is_main:
             kind, path = _decide(config, folder)
     kind, path = processes.agree(kind), Path(processes.agree(str(path)))
-    return Start(path if kind == "checkpoint" else None, path if kind == "layers" else None)
+    return Start(**{kind: path}) if kind else Start()
 
 
 def _decide(config: RunConfig, folder: RunFolder) -> tuple[str, Path]:
@@ -55,7 +57,10 @@ def _decide(config: RunConfig, folder: RunFolder) -> tuple[str, Path]:
     if not config.load:
         return "", Path()
     source = Path(config.load)
-    return ("layers", source) if is_layer_folder(source) else ("checkpoint", find_checkpoint(source))
+    if is_layer_folder(source):
+        return "layers", source
+    begin = find_model_folder(config.load)
+    return ("model", begin) if is_model_folder(begin) else ("checkpoint", begin)
 
 
 def check_fits(path: Path, saved: Checkpoint, config: RunConfig, ours: Mapping[str, Any], strategy: Strategy) -> None:
@@ -87,6 +92,19 @@ def check_fits(path: Path, saved: Checkpoint, config: RunConfig, ours: Mapping[s
     check_tensors(path, saved.model.forms(), strategy.template)
     if len(saved.optimizer):  # one of weights only starts with fresh moments
         check_tensors(path, saved.optimizer.forms(), strategy.optimizer_template())
+
+
+def check_model_fits(saved: SavedModel, vocabulary_hash: str, template: Mapping[str, Any]) -> None:
+    """Refuse a model that this training cannot begin with.
+
+    Raises:
+        CheckpointError: another vocabulary, or tensors that are not those of the run's model.
+    """
+    if saved.tokenizer.hash != vocabulary_hash:
+        asked = f"begin with the model {saved.folder}"
+        do = f"Give the run its vocabulary: data.vocab_file={saved.folder / 'vocab.txt'}"
+        raise CheckpointError(asked, "it was made with another vocabulary", do)
+    check_tensors(saved.folder, saved.tensors.forms(), template)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

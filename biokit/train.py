@@ -17,6 +17,7 @@ from biokit.config import RunConfig, config_to_yaml
 from biokit.endings import PeerError, is_lost_peer
 from biokit.errors import BiokitError, ConfigError
 from biokit.layouts import find_layout
+from biokit.model_folder import list_models
 from biokit.parallel.peers import Peers
 from biokit.parallel.processes import count_processes, join_processes
 from biokit.process import choose_device, interrupted_by_sigterm, kept_threads
@@ -42,8 +43,9 @@ def train(config: RunConfig) -> dict[str, Any]:
     layout = find_layout(config, count_processes()[1])
     device = choose_device(config.train.device)
     folder = RunFolder(config.run_dir)
-    if config.load and not Path(config.load).exists():
-        raise ConfigError(f"load={config.load}", "there is no such folder", "Give a checkpoint, a run or layer files")
+    if config.load and not Path(config.load).exists() and config.load not in list_models():
+        known = f"Give a checkpoint, a run, a model or layer files, or a ready model: {', '.join(list_models())}"
+        raise ConfigError(f"load={config.load}", "there is no such folder", known)
     with contextlib.ExitStack() as stack:
         if count_processes()[0] == 0:
             folder.create()

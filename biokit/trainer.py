@@ -32,6 +32,7 @@ from biokit.data.molecules import MoleculeLoader, open_part
 from biokit.errors import ConfigError, DataError, EngineError, RunError
 from biokit.generate import sample_molecules
 from biokit.layouts import model_parts
+from biokit.model_folder import open_model
 from biokit.models import find_model
 from biokit.models.molbart import MolBART
 from biokit.parallel.deepspeed_config import read_user_config
@@ -41,7 +42,7 @@ from biokit.parallel.processes import Processes
 from biokit.parallel.strategy import ModelParts, TokenSums, make_strategy
 from biokit.process import deterministic, stop_signals, used_memory
 from biokit.reporting import ProgressBar, open_tensorboard, progress_bar, write_tensorboard
-from biokit.resume import check_fits, find_start
+from biokit.resume import check_fits, check_model_fits, find_start
 from biokit.runs import MetricsWriter, RunFolder
 from biokit.schedules import learning_rate
 from biokit.tokenizers import SmilesTokenizer
@@ -283,6 +284,7 @@ class Trainer:
         """Take over the checkpoint that the run goes on from; returns its step (0: a fresh run)."""
         path = self.start.checkpoint
         if path is None:
+            self._begin_with_model()
             return 0
         with self.processes.together(f"checking {path}"):
             saved = load_checkpoint(path, check=self.processes.is_main)
@@ -293,6 +295,15 @@ class Trainer:
         best = saved.state.pop("best_val_loss")
         self.progress = Progress(best_val_loss=math.inf if best is None else best, **saved.state)
         return self.progress.step
+
+    def _begin_with_model(self) -> None:
+        """Take over the weights of the model that the run begins with, where it begins with one."""
+        if self.start.model is None:
+            return
+        with self.processes.together(f"taking over {self.start.model}"):
+            saved = open_model(self.start.model)
+            check_model_fits(saved, self.tokenizer.hash, self.strategy.template)
+        self.strategy.load(saved.tensors, {}, self.strategy.scaler_state())
 
     def _own_micro_batches(self, batch: Mapping[str, np.ndarray]) -> tuple[list[dict[str, torch.Tensor]], range]:
         """This data rank's micro-batches and their numbers in the global batch; as many on every rank."""
