@@ -56,12 +56,18 @@ def _find(config: DataConfig) -> list[Source]:
         raise DataError("data.dataset_path", "it is empty", "Give a file, a folder or a named data set")
     if base.is_dir():
         return _read_folder(base)
-    if not base.exists() and (config.dataset_path in DATASETS or _is_bare_name(config.dataset_path)):
-        return [Source(_locate_molecules(config.dataset_path))]
-    return [Source(path) for path in expand_paths(config.dataset_path)]
+    return [Source(path) for path in expand_paths(str(locate_molecules(config.dataset_path)))]
 
 
-def _locate_molecules(name: str) -> Path:
+def locate_molecules(name: str | Path) -> Path:
+    """The table of a named data set of molecules; what is no name is taken as a path.
+
+    Raises:
+        DataError: a set of another kind, one that is not here yet, or a word that is neither a name nor a file.
+    """
+    path, name = Path(name), str(name)
+    if path.exists() or not (name in DATASETS or _is_bare_name(name)):
+        return path
     if (kind := find_dataset(name).kind) != "molecules":
         others = ", ".join(other.name for other in DATASETS.values() if other.kind == "molecules")
         raise DataError(f'data set "{name}"', f"its rows are {kind}, molecules are needed", f"Named ones: {others}")
