@@ -193,6 +193,28 @@ def test_the_split_field_of_an_sdf_is_found(tmp_path: Path, values: tuple[str, s
     assert [row.split for row in read_table(path, split_column="SET")] == list(values)
 
 
+def test_cells_of_further_columns(tmp_path: Path) -> None:
+    """By name, in any case, or by number; as text, whatever the form of the table."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    block = "x\n\n\nM  END\n> <y>\n{}\n\n$$$$\n"
+    pq.write_table(pa.table({"y": [1.5, None], "smiles": ["CCO", "CCN"]}), tmp_path / "a.parquet")
+    write(tmp_path / "a.csv", 'smiles,"log S, 25",y\nCCO,7,1.5\nCCN,8,\n')
+    write(tmp_path / "a.smi", "smiles\ty\nCCO\t1.5\nCCN\t\n")
+    write(tmp_path / "b.smi", "CCO 1.5\nCCN\n")
+    write(tmp_path / "a.sdf", block.format("1.5") + block.format(""))
+    columns = {"a.parquet": "y", "a.csv": "Y", "a.smi": "1", "b.smi": "1", "a.sdf": "y"}
+    for name, column in columns.items():
+        rows = list(read_table(tmp_path / name, value_columns=[column]))
+        assert [row.values for row in rows] == [("1.5",), ("",)], name
+    (first, _) = read_table(tmp_path / "a.csv", value_columns=["y", "log S, 25", "smiles"])
+    assert first.values == ("1.5", "7", "CCO") and first.name == ""
+    for name in ("a.csv", "a.parquet"):
+        with pytest.raises(DataError, match=r'column "z": it has .*y.*Give one of them'):
+            list(read_table(tmp_path / name, value_columns=["z"]))
+
+
 def test_parquet(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -53,7 +53,7 @@ _ATOM = re.compile(r"[A-Zbcnops\[*]")
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Places of the columns of a table, 0-based; None: there is none."""
+    """Places of the columns of a table, 0-based; None: there is none. `values` are those asked for by name."""
 
     has_header: bool
     smiles: int
@@ -62,6 +62,7 @@ class Columns:
     name: int | None = None
     smiles_name: str = ""
     split_name: str = ""
+    values: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         header = "header in its first row" if self.has_header else "no header"
@@ -75,6 +76,7 @@ def choose_columns(
     table: str,
     smiles_column: str = "",
     split_column: str = "",
+    value_columns: Sequence[str] = (),
     *,
     is_smi: bool = False,
     has_header: bool | None = None,
@@ -83,6 +85,7 @@ def choose_columns(
 
     Args:
         smiles_column: name or 0-based number; empty: guessed. Likewise `split_column`.
+        value_columns: names or numbers of further columns whose cells are wanted.
         is_smi: SMILES come first unless a header says otherwise.
 
     Raises:
@@ -90,19 +93,20 @@ def choose_columns(
     """
     first = list(records[0])
     if has_header is None:
-        has_header = _is_header(records, smiles_column, split_column)
+        has_header = _is_header(records, smiles_column, split_column, *value_columns)
     header = first if has_header else []
     rows = [row for row in records[has_header:] if is_smi or len(row) == len(first)]
     if has_header and not rows and len(records) > 1 and not is_smi:
         found = f"the header has {len(first)} fields, the rows have {len(records[1])}"
         raise DataError(f"table {table}", found, "Give every row as many fields as the header")
     if smiles_column:
-        smiles = _named_column(smiles_column, header, len(first), table, "data.smiles_column")
+        smiles = named_column(smiles_column, header, len(first), table, "Set data.smiles_column to")
     elif is_smi and not has_header:
         smiles = 0
     else:
         smiles = _guess_smiles(header, rows, first, table)
     split = _split_column(header, rows, split_column, len(first), table)
+    values = tuple(named_column(asked, header, len(first), table) for asked in value_columns)
     name = next((i for i, cell in enumerate(header) if cell.lower() in NAME_NAMES and i not in (smiles, split)), None)
     return Columns(
         has_header,
@@ -112,13 +116,14 @@ def choose_columns(
         name,
         header[smiles] if header else "",
         header[split] if header and split is not None else "",
+        values,
     )
 
 
-def _is_header(records: Sequence[Sequence[str]], smiles_column: str, split_column: str) -> bool:
+def _is_header(records: Sequence[Sequence[str]], *asked: str) -> bool:
     """A first row is a header if it says so by a known name, or holds no SMILES where the rows below do."""
     first = records[0]
-    known = {*SMILES_NAMES, *SPLIT_NAMES, smiles_column.lower(), split_column.lower()} - {""}
+    known = {*SMILES_NAMES, *SPLIT_NAMES, *map(str.lower, asked)} - {""}
     if any(cell.lower() in known and not cell.isdigit() for cell in first):
         return True
     if any(_is_smiles(cell) for cell in first if len(cell) > 1):
@@ -130,7 +135,12 @@ def _is_header(records: Sequence[Sequence[str]], smiles_column: str, split_colum
     )
 
 
-def _named_column(asked: str, header: Sequence[str], num_columns: int, table: str, key: str) -> int:
+def named_column(asked: str, header: Sequence[str], num_columns: int, table: str, do: str = "Give") -> int:
+    """The place of a column, by its name (in any case, if none is spelt so) or its 0-based number.
+
+    Raises:
+        DataError: there is none, or several bear the name; `do` begins what to do.
+    """
     matches = [index for index, cell in enumerate(header) if cell == asked]
     matches = matches or [index for index, cell in enumerate(header) if cell.lower() == asked.lower()]
     if len(matches) == 1:
@@ -142,7 +152,7 @@ def _named_column(asked: str, header: Sequence[str], num_columns: int, table: st
     if asked.isdigit() and int(asked) < num_columns:
         return int(asked)
     have = f"it has {', '.join(header)}" if header else f"it has no header and {num_columns} columns"
-    raise DataError(f'table {table}: column "{asked}"', have, f"Set {key} to one of them, or to a 0-based number")
+    raise DataError(f'table {table}: column "{asked}"', have, f"{do} one of them, or a 0-based number")
 
 
 def _guess_smiles(header: Sequence[str], rows: Sequence[Sequence[str]], first: Sequence[str], table: str) -> int:
@@ -176,7 +186,7 @@ def _split_column(
     header: Sequence[str], rows: Sequence[Sequence[str]], asked: str, num_columns: int, table: str
 ) -> int | None:
     if asked:
-        return _named_column(asked, header, num_columns, table, "data.split_column")
+        return named_column(asked, header, num_columns, table, "Set data.split_column to")
     places = []
     for index, cell in enumerate(header):
         if cell.lower() in SPLIT_NAMES:

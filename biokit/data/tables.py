@@ -39,6 +39,7 @@ class Row(NamedTuple):
         text: the SMILES, or for .sdf the mol block (`is_mol_block`).
         split: what the split column says; "" without one.
         problem: why it cannot be used; "" for a row that was read.
+        values: the cells of the columns that were asked for; "" where one is empty.
     """
 
     file: str
@@ -49,6 +50,7 @@ class Row(NamedTuple):
     problem: str = ""
     detail: str = ""
     is_mol_block: bool = False
+    values: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class TableForm:
     kind: str
     columns: Columns
     delimiter: str = ""
+    value_names: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         between = f", {_DELIMITERS.get(self.delimiter, 'white space')} separated" if self.delimiter else ""
@@ -66,30 +69,39 @@ class TableForm:
 
 
 def read_table(
-    paths: str | Path | Sequence[str | Path], *, smiles_column: str = "", split_column: str = ""
+    paths: str | Path | Sequence[str | Path],
+    *,
+    smiles_column: str = "",
+    split_column: str = "",
+    value_columns: Sequence[str] = (),
 ) -> Iterator[Row]:
     """Stream the rows of one or several tables (ranges and comma lists as in `expand_paths`).
 
     Args:
         smiles_column: a column's name, or its 0-based number; empty: guessed from names and content.
         split_column: likewise; empty: `set` or `split` where its values name parts.
+        value_columns: further columns (for .sdf: data fields) whose cells the rows are to have, as text.
 
     Raises:
         DataError: missing files at once; what is wrong inside a file when its rows are reached.
     """
     files = expand_paths(paths)
-    return itertools.chain.from_iterable(_read_file(path, smiles_column, split_column) for path in files)
+    values = tuple(value_columns)
+    return itertools.chain.from_iterable(_read_file(path, smiles_column, split_column, values) for path in files)
 
 
-def describe_table(path: str | Path, *, smiles_column: str = "", split_column: str = "") -> TableForm:
+def describe_table(
+    path: str | Path, *, smiles_column: str = "", split_column: str = "", value_columns: Sequence[str] = ()
+) -> TableForm:
     """How `read_table` would read a file. Raises DataError where it would."""
     path = Path(path)
     kind = _kind(path)
     if kind == "parquet":
-        return _describe_parquet(path, smiles_column, split_column)
+        return _describe_parquet(path, smiles_column, split_column, value_columns)
     if kind == "sdf":
         split_name = split_column or _guess_split_field(path)
-        return TableForm(path, kind, Columns(has_header=False, smiles=0, num_columns=1, split_name=split_name))
+        columns = Columns(has_header=False, smiles=0, num_columns=1, split_name=split_name)
+        return TableForm(path, kind, columns, value_names=tuple(value_columns))
     with LineReader(path) as lines:
         sample = list(itertools.islice(lines, _SAMPLE_ROWS))
     if not any(line.strip() for line in sample):
@@ -101,7 +113,7 @@ def describe_table(path: str | Path, *, smiles_column: str = "", split_column: s
     if not records:
         found = f"none of its first {len(sample)} rows can be read (bad quoting)"
         raise DataError(f"table {path}", found, "Is this a table?")
-    columns = choose_columns(records, str(path), smiles_column, split_column, is_smi=kind == "smi")
+    columns = choose_columns(records, str(path), smiles_column, split_column, value_columns, is_smi=kind == "smi")
     return TableForm(path, kind, columns, delimiter)
 
 
@@ -114,8 +126,8 @@ def _kind(path: Path) -> str:
     return "smi" if name.endswith((".smi", ".smiles")) else "csv"
 
 
-def _read_file(path: Path, smiles_column: str, split_column: str) -> Iterator[Row]:
-    form = describe_table(path, smiles_column=smiles_column, split_column=split_column)
+def _read_file(path: Path, smiles_column: str, split_column: str, value_columns: Sequence[str]) -> Iterator[Row]:
+    form = describe_table(path, smiles_column=smiles_column, split_column=split_column, value_columns=value_columns)
     if form.kind == "parquet":
         yield from _read_parquet(form)
         return
@@ -161,7 +173,7 @@ def _to_row(record: Sequence[str], file: str, number: int, columns: Columns) -> 
         split = record[columns.split].strip() if columns.split is not None else ""
         name = record[columns.name].strip() if columns.name is not None else ""
         if text or any(cell.strip() for cell in record):
-            return Row(file, number, text, split, name)
+            return Row(file, number, text, split, name, values=tuple(record[i].strip() for i in columns.values))
         return Row(file, number, "", problem=BLANK)
     if not any(cell.strip() for cell in record):
         return Row(file, number, "", problem=BLANK)
@@ -198,7 +210,8 @@ def _read_words(lines: LineReader, form: TableForm) -> Iterator[Row]:
             yield Row(file, lines.num_lines, line.strip())
         else:
             split = words[columns.split] if columns.split is not None and len(words) > columns.split else ""
-            yield Row(file, lines.num_lines, words[0], split, " ".join(words[1:]))
+            values = tuple(words[i] if i < len(words) else "" for i in columns.values)
+            yield Row(file, lines.num_lines, words[0], split, " ".join(words[1:]), values=values)
 
 
 def _sniff_smi(sample: Sequence[str]) -> str:
@@ -254,7 +267,8 @@ def _read_sdf(lines: LineReader, form: TableForm) -> Iterator[Row]:
         elif "M  END" not in block:
             yield Row(file, number, block, split, name, BROKEN_RECORD, "no line M  END", True)
         else:
-            yield Row(file, number, block, split, name, is_mol_block=True)
+            values = tuple(fields.get(field, "") for field in form.value_names)
+            yield Row(file, number, block, split, name, is_mol_block=True, values=values)
 
 
 def _sdf_records(lines: LineReader) -> Iterator[list[str]]:
@@ -314,7 +328,7 @@ def _open_parquet(path: Path) -> Any:
         raise DataError(f"table {path}", f"it cannot be read as Parquet ({found})", "Get the file again") from error
 
 
-def _describe_parquet(path: Path, smiles_column: str, split_column: str) -> TableForm:
+def _describe_parquet(path: Path, smiles_column: str, split_column: str, value_columns: Sequence[str]) -> TableForm:
     import pyarrow as pa
 
     with _open_parquet(path) as parquet:
@@ -325,26 +339,27 @@ def _describe_parquet(path: Path, smiles_column: str, split_column: str) -> Tabl
             found = f"the file is damaged ({str(error).splitlines()[0]})"
             raise DataError(f"table {path}", found, "Get the file again") from error
     rows = [] if batch is None else [list(row) for row in zip(*map(_cells, batch.columns), strict=True)]
-    columns = choose_columns([header, *rows], str(path), smiles_column, split_column, has_header=True)
+    columns = choose_columns([header, *rows], str(path), smiles_column, split_column, value_columns, has_header=True)
     return TableForm(path, "parquet", columns)
 
 
 def _read_parquet(form: TableForm) -> Iterator[Row]:
     import pyarrow as pa
 
-    wanted = [form.columns.smiles, form.columns.split, form.columns.name]
+    wanted = [form.columns.smiles, form.columns.split, form.columns.name, *form.columns.values]
     number = 0
     with _open_parquet(form.path) as parquet:
         names = parquet.schema_arrow.names
-        keep = [names[index] for index in wanted if index is not None]
+        keep = list(dict.fromkeys(names[index] for index in wanted if index is not None))
         try:
             for batch in parquet.iter_batches(batch_size=4096, columns=keep):
                 cells = {name: _cells(batch.column(name)) for name in keep}
                 blank = [""] * batch.num_rows
                 picked = [cells[names[index]] if index is not None else blank for index in wanted]
-                for text, split, name in zip(*picked, strict=True):
+                for text, split, name, *values in zip(*picked, strict=True):
                     number += 1
-                    yield Row(str(form.path), number, text.strip(), split.strip(), name, "" if text else BLANK)
+                    problem = "" if text else BLANK
+                    yield Row(str(form.path), number, text.strip(), split.strip(), name, problem, values=tuple(values))
         except (pa.ArrowException, OSError) as error:
             found = f"the file is damaged ({str(error).splitlines()[0]})"
             raise DataError(f"{form.path} row {number + 1}", found, "Get the file again") from error

@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -122,7 +122,7 @@ class _Job:
         self.model, self.tokenizer, self.table, self.folder = model, tokenizer, table, folder
         self.form, self.smiles_column, self.batch_size = form, smiles_column, batch_size
         self.part_rows, self.on_bad = part_rows, on_bad
-        self.max_tokens = model.embed.embedding.num_positions - 2
+        self.max_tokens = max_tokens_of(model)
         self.asked = f"embed {table} into {folder}"
 
     def run(self, files: list[Path], progress: bool) -> EmbeddedFile:
@@ -147,7 +147,7 @@ class _Job:
         part, first = _Part(), state["num_rows"]
         for number, row in enumerate(rows, first):
             self._take(number, row, part)
-        values_ND = self._encode(part.smiles, bar)
+        values_ND = embed_all(self.model, self.tokenizer, part.smiles, self.batch_size, bar.update)
         done = {
             "num_rows": first + len(rows),
             "num_embedded": state["num_embedded"] + len(part.smiles),
@@ -166,7 +166,7 @@ class _Job:
 
     def _take(self, number: int, row: Row, part: _Part) -> None:
         try:
-            smiles = self._read(row)
+            smiles = read_molecule(row, self.tokenizer, self.max_tokens)
         except DataError as error:
             if self.on_bad == "raise":
                 shown = f"{row.file} row {row.row}" + (f": {error.asked}" if error.asked else "")
@@ -177,32 +177,52 @@ class _Job:
         part.numbers.append(number)
         part.smiles.append(smiles)
 
-    def _read(self, row: Row) -> str:
-        """The canonical SMILES. Raises DataError where it has no embedding."""
-        do = "Leave it out"
-        if row.problem:
-            raise DataError(row.text[:80], f"{row.problem} {row.detail}".strip(), do)
-        if not row.is_mol_block and len(row.text) > min(CHARS_A_TOKEN * self.max_tokens, MAX_CHARS):
-            found = f"it has {len(row.text)} characters, the model takes {self.max_tokens} tokens"
-            raise DataError(f'SMILES "{row.text[:80]}..."', found, do)
-        smiles = clean_molecule(row.text, CleanOptions(salts="keep"), row.is_mol_block).smiles
-        ids = self.tokenizer.encode(smiles)
-        if not len(ids) or self.tokenizer.unknown_id in ids:
-            raise DataError(f'SMILES "{smiles}"', "it has tokens outside the model's vocabulary", do)
-        if len(ids) > self.max_tokens:
-            found = f"it has {len(ids)} tokens, the model takes {self.max_tokens}"
-            raise DataError(f'SMILES "{smiles}"', found, do)
-        return smiles
 
-    def _encode(self, smiles: list[str], bar: Any) -> npt.NDArray[np.float32]:
-        """The vectors in the order given; batches hold molecules of like lengths."""
-        order = sorted(range(len(smiles)), key=lambda index: len(smiles[index]))
-        values_ND = np.empty((len(smiles), self.model.embed.embedding.tokens.embedding_dim), dtype=np.float32)
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            values_ND[batch] = embed(self.model, self.tokenizer, [smiles[index] for index in batch])
-            bar.update(len(batch))
-        return values_ND
+def max_tokens_of(model: MolBART) -> int:
+    """Tokens that a molecule may have: the model's positions less begin and end."""
+    return model.embed.embedding.num_positions - 2
+
+
+def read_molecule(row: Row, tokenizer: SmilesTokenizer, max_tokens: int) -> str:
+    """The canonical SMILES of a row, salts kept, as a model of so many tokens takes it.
+
+    Raises:
+        DataError: a row that could not be read, no molecule, unknown tokens, or too many.
+    """
+    do = "Leave it out"
+    if row.problem:
+        raise DataError(row.text[:80], f"{row.problem} {row.detail}".strip(), do)
+    if not row.is_mol_block and len(row.text) > min(CHARS_A_TOKEN * max_tokens, MAX_CHARS):
+        found = f"it has {len(row.text)} characters, the model takes {max_tokens} tokens"
+        raise DataError(f'SMILES "{row.text[:80]}..."', found, do)
+    smiles = clean_molecule(row.text, CleanOptions(salts="keep"), row.is_mol_block).smiles
+    ids = tokenizer.encode(smiles)
+    if not len(ids) or tokenizer.unknown_id in ids:
+        raise DataError(f'SMILES "{smiles}"', "it has tokens outside the model's vocabulary", do)
+    if len(ids) > max_tokens:
+        raise DataError(f'SMILES "{smiles}"', f"it has {len(ids)} tokens, the model takes {max_tokens}", do)
+    return smiles
+
+
+def embed_all(
+    model: MolBART,
+    tokenizer: SmilesTokenizer,
+    smiles: Sequence[str],
+    batch_size: int = 128,
+    advance: Callable[[int], object] = lambda count: None,
+) -> npt.NDArray[np.float32]:
+    """Vectors (N,D) in the order given; batches hold molecules of like lengths. `advance` is told each one's size.
+
+    Raises:
+        DataError: see `embed`; no SMILES give no vectors.
+    """
+    order = sorted(range(len(smiles)), key=lambda index: len(smiles[index]))
+    values_ND = np.empty((len(smiles), model.embed.embedding.tokens.embedding_dim), dtype=np.float32)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        values_ND[batch] = embed(model, tokenizer, [smiles[index] for index in batch])
+        advance(len(batch))
+    return values_ND
 
 
 def _format_rejects(part: _Part) -> str:
