@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from rdkit.Chem import rdDepictor
 from rdkit.Chem.Draw import rdMolDraw2D
 
 from biokit.chem.molecules import Mol, parse_smiles
+from biokit.chem.tokens import atom_positions
 from biokit.errors import DataError
 
 Rgb = tuple[float, float, float]
@@ -28,7 +28,9 @@ ATOM_COLOURS: dict[int, Rgb] = {  # atomic number -> colour; every one reads on 
     35: (0.00, 0.50, 0.36),
     53: (0.00, 0.50, 0.36),
 }
-_ATOM_TOKEN = re.compile(r"\[|[BCNOPSFIbcnops*]")
+
+OVERLAY_BOND = 50.0  # pixels at most
+OVERLAY_RADIUS = 0.55  # of a disc, in ångström of the drawing, where a bond has 1.5
 
 
 def read_molecule(smiles: str) -> Mol | None:
@@ -63,21 +65,54 @@ def draw_molecule(
     Raises:
         DataError: rdkit cannot draw it.
     """
+    return bytes(_draw(molecule, width, height, highlights, notes).GetDrawingText())
+
+
+def draw_with_places(
+    molecule: Mol,
+    width: int,
+    height: int,
+    highlights: Mapping[int, Rgb] | None = None,
+) -> tuple[bytes, list[tuple[float, float]]]:
+    """The same for an overlay: larger, in black alone, with wide discs under atoms and none under bonds.
+
+    Returns:
+        The bytes of the PNG, and for each atom its pixel (x, y), y down.
+    """
+    drawer = _draw(molecule, width, height, highlights, None, is_overlay=True)
+    points = [drawer.GetDrawCoords(index) for index in range(molecule.GetNumAtoms())]
+    return bytes(drawer.GetDrawingText()), [(float(point.x), float(point.y)) for point in points]
+
+
+def _draw(
+    molecule: Mol,
+    width: int,
+    height: int,
+    highlights: Mapping[int, Rgb] | None,
+    notes: Mapping[int, str] | None,
+    is_overlay: bool = False,
+) -> Any:
+    """rdkit's drawer, done with a molecule."""
     drawer = rdMolDraw2D.MolDraw2DCairo(width, height)
     options: Any = drawer.drawOptions()
     options.updateAtomPalette(ATOM_COLOURS)
-    options.padding = 0.06
     options.fixedBondLength = 32.0  # pixels at most: small molecules are not blown up
+    options.highlightRadius = 0.34
+    if is_overlay:
+        options.useBWAtomPalette()
+        options.atomHighlightsAreCircles = True
+        options.fixedBondLength = OVERLAY_BOND
+        options.highlightRadius = OVERLAY_RADIUS
+    options.padding = 0.06
     options.minFontSize = 10
     options.bondLineWidth = 1.6
     options.annotationFontScale = 0.7
-    options.highlightRadius = 0.34
     options.flagCloseContactsDist = -1000  # large molecules overlap in 2D; that is not an error to mark
     copy = Chem.Mol(molecule)
     for index, text in (notes or {}).items():
         copy.GetAtomWithIdx(index).SetProp("atomNote", text)
     atoms: dict[int, Rgb] = dict(highlights or {})
-    bonds = _bonds_between(copy, atoms)
+    bonds = {} if is_overlay else _bonds_between(copy, atoms)
     try:
         with rdBase.BlockLogs():
             prepared = _prepare(copy)
@@ -91,7 +126,7 @@ def draw_molecule(
         drawer.FinishDrawing()
     except (RuntimeError, ValueError) as error:
         raise DataError("draw a molecule", f"rdkit cannot ({error})", "Show its SMILES as text") from error
-    return bytes(drawer.GetDrawingText())
+    return drawer
 
 
 def align_drawings(molecules: Sequence[Mol]) -> list[list[int]]:
@@ -131,7 +166,7 @@ def atoms_of_tokens(molecule: Mol, tokens: Sequence[str]) -> dict[int, int]:
     """Which token writes which atom: token position -> atom index, for a molecule read from these tokens by
     `read_molecule`. Empty where the numbers do not agree, so that no wrong atom is ever marked.
     """
-    positions = [i for i, token in enumerate(tokens) if _ATOM_TOKEN.match(token)]
+    positions = atom_positions(tokens)
     if len(positions) != molecule.GetNumAtoms():
         return {}
     return dict(zip(positions, range(len(positions)), strict=True))
