@@ -14,6 +14,26 @@ from biokit.kernels.dispatch import reference_forced
 from biokit.kernels.dropout import dropout
 
 
+def attention_weights(
+    q_BHTK: torch.Tensor,
+    k_BHSK: torch.Tensor,
+    key_mask_BS: torch.Tensor | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(K)) as (B,H,T,S), in fp32: how much each query takes from each key; 0 where it may not.
+
+    Arguments as in `attention_reference`.
+    """
+    scores_BHTS = torch.matmul(q_BHTK * (1.0 / math.sqrt(q_BHTK.shape[-1])), k_BHSK.transpose(-2, -1))
+    if causal:
+        num_queries, num_keys = scores_BHTS.shape[-2:]
+        future_TS = torch.ones(num_queries, num_keys, dtype=torch.bool, device=scores_BHTS.device)
+        scores_BHTS = scores_BHTS.masked_fill(future_TS.triu_(num_keys - num_queries + 1), float("-inf"))
+    if key_mask_BS is not None:
+        scores_BHTS = scores_BHTS.masked_fill(~key_mask_BS[:, None, None, :], float("-inf"))
+    return scores_BHTS.softmax(dim=-1, dtype=torch.float32)
+
+
 def attention_reference(
     q_BHTK: torch.Tensor,
     k_BHSK: torch.Tensor,
@@ -29,14 +49,7 @@ def attention_reference(
         causal: query t sees the keys up to t + S - T.
         dropout_p: probability of dropping an attention weight.
     """
-    scores_BHTS = torch.matmul(q_BHTK * (1.0 / math.sqrt(q_BHTK.shape[-1])), k_BHSK.transpose(-2, -1))
-    if causal:
-        num_queries, num_keys = scores_BHTS.shape[-2:]
-        future_TS = torch.ones(num_queries, num_keys, dtype=torch.bool, device=scores_BHTS.device)
-        scores_BHTS = scores_BHTS.masked_fill(future_TS.triu_(num_keys - num_queries + 1), float("-inf"))
-    if key_mask_BS is not None:
-        scores_BHTS = scores_BHTS.masked_fill(~key_mask_BS[:, None, None, :], float("-inf"))
-    weights_BHTS = scores_BHTS.softmax(dim=-1, dtype=torch.float32).to(v_BHSK.dtype)
+    weights_BHTS = attention_weights(q_BHTK, k_BHSK, key_mask_BS, causal).to(v_BHSK.dtype)
     return torch.matmul(dropout(weights_BHTS, dropout_p), v_BHSK)
 
 
