@@ -34,12 +34,12 @@ class Canvas:
         self._axes.set_xlim(0, self.width)
         self._axes.set_ylim(self.height, 0)
 
-    def image(self, png: bytes, x: float, y: float) -> None:
-        """Place a PNG with its upper left corner at (x, y), pixel for pixel."""
+    def image(self, png: bytes, x: float, y: float, *, behind: bool = False) -> None:
+        """Place a PNG with its upper left corner at (x, y), pixel for pixel, above or behind all the rest."""
         from matplotlib.image import imread
 
         pixels = imread(io.BytesIO(png), format="png")
-        self._figure.figimage(pixels, xo=round(x), yo=self.height - round(y) - pixels.shape[0])
+        self._figure.figimage(pixels, xo=round(x), yo=self.height - round(y) - pixels.shape[0], zorder=-behind)
 
     def box(
         self,

@@ -38,7 +38,12 @@ class InteractiveView(Picture):
         name = "biokit-" + hashlib.sha256(f"{self.script}{data}".encode()).hexdigest()[:16]
         picture = f'<img src="{data_address(self.png)}" alt="{html.escape(self.alt)}" style="max-width:100%">'
         start = f'biokitView(document.getElementsByClassName("{name}"), {data});'
-        return f'<div class="biokit-view {name}">{picture}</div><script>{_with_base(self.script)}{start}}})();</script>'
+        script = f"<script>(function(){{{self.code()}{start}}})();</script>"
+        return f'<div class="biokit-view {name}">{picture}</div>{script}'
+
+    def code(self) -> str:
+        """The functions of the script: the shared ones and the view's own."""
+        return read_script("base.js") + read_script(self.script)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         return {"text/html": self.page(), **super()._repr_mimebundle_(include, exclude)}
@@ -51,7 +56,11 @@ def data_address(png: bytes) -> str:
 
 def script_json(value: Any) -> str:
     """JSON that may stand inside a script element: no text in it ends the element or opens a comment."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return script_code(json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")))
+
+
+def script_code(text: str) -> str:
+    """The same for JavaScript that has these signs in its texts only."""
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
@@ -59,8 +68,3 @@ def script_json(value: Any) -> str:
 def read_script(name: str) -> str:
     """A script of `biokit/view/scripts`."""
     return (files("biokit.view") / "scripts" / name).read_text(encoding="utf-8")
-
-
-def _with_base(name: str) -> str:
-    """The opening of a function that holds the shared part and the view's own part; each view stands alone."""
-    return "(function(){" + read_script("base.js") + read_script(name)
