@@ -1,4 +1,4 @@
-// What the browser scripts share: headless Chromium on one notebook, all of whose cells are run.
+// What the browser scripts share: headless Chromium on notebooks.
 //
 // node SCRIPT URL SCREENSHOT_STEM CHROMIUM PROFILE_DIR; prints one JSON object.
 // playwright-core is found in the folder BIOKIT_NODE_MODULES, or in node_modules beside this file.
@@ -6,17 +6,34 @@ import { createRequire } from "node:module";
 import path from "node:path";
 
 export const CELL_TIMEOUT_MS = 240_000;
-const [url, screenshotStem, chromiumPath, profileDir] = process.argv.slice(2);
+export const [url, screenshotStem, chromiumPath, profileDir] = process.argv.slice(2);
 const require = createRequire(path.join(process.env.BIOKIT_NODE_MODULES ?? import.meta.dirname, "browser.cjs"));
-const { chromium } = require("playwright-core");
-const flags = [
+export const { chromium } = require("playwright-core");
+export const flags = [
   "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
   "--disable-component-update", "--disable-sync",
 ];
 
-// Opens the notebook, has all cells run, and calls `look(page, shoot)`; prints what it returns, and which requests
-// failed or left this machine. `shoot(locator, name)` scrolls to something and takes a picture of the window.
+// Opens the notebook, has all cells run, and calls `look(page, shoot)`.
 export async function lookAtRun(look) {
+  await lookAt(async (page, shoot) => {
+    await openNotebook(page, url);
+    await page.locator(".lm-MenuBar-itemLabel", { hasText: /^Run$/ }).click();
+    await page.locator(".lm-Menu-itemLabel", { hasText: /^Run All Cells$/ }).click();
+    return await look(page, shoot);
+  });
+}
+
+// Opens a notebook in JupyterLab and waits until its cells are there.
+export async function openNotebook(page, address) {
+  await page.goto(address, { waitUntil: "load" });
+  await page.waitForSelector(".jp-Notebook .jp-Cell", { timeout: CELL_TIMEOUT_MS });
+  await page.waitForTimeout(3000);
+}
+
+// Calls `look(page, shoot)`; prints what it returns, and which requests failed or left this machine.
+// `shoot(locator, name)` scrolls to something and takes a picture of the window.
+export async function lookAt(look) {
   const [failed, foreign, errors] = [[], [], []];
   const context = await chromium.launchPersistentContext(profileDir, {
     executablePath: chromiumPath, headless: true, args: flags, viewport: { width: 1200, height: 1000 },
@@ -32,11 +49,6 @@ export async function lookAtRun(look) {
     page.on("request", (request) => { if (!isLocal(request.url())) foreign.push(request.url()); });
     page.on("requestfailed", (request) => failed.push(`${request.url()} ${request.failure()?.errorText}`));
     page.on("console", (message) => { if (message.type() === "error") errors.push(message.text()); });
-    await page.goto(url, { waitUntil: "load" });
-    await page.waitForSelector(".jp-Notebook .jp-Cell", { timeout: CELL_TIMEOUT_MS });
-    await page.waitForTimeout(3000);
-    await page.locator(".lm-MenuBar-itemLabel", { hasText: /^Run$/ }).click();
-    await page.locator(".lm-Menu-itemLabel", { hasText: /^Run All Cells$/ }).click();
     console.log(JSON.stringify({ ...(await look(page, shoot)), failed, foreign, errors }));
   } catch (error) {
     await page.screenshot({ path: `${screenshotStem}_error.png` }).catch(() => {});

@@ -49,14 +49,20 @@ def look(script: str, notebook: str, root: Path, **parameters: object) -> dict[s
     Returns:
         What the script saw. It stands beside its screenshots, which bear the script's name.
     """
-    path, stem = REPOSITORY / "notebooks" / f"{notebook}.ipynb", Path(script).stem
+    path = REPOSITORY / "notebooks" / f"{notebook}.ipynb"
     papermill.execute_notebook(path, root / "live.ipynb", parameters, prepare_only=True, progress_bar=False)
+    return look_at(script, "live.ipynb", root)
+
+
+def look_at(script: str, notebook: str, root: Path) -> dict[str, Any]:
+    """Open a notebook that stands in `root`, as it is, and do what a browser script does; returns as `look`."""
+    stem = Path(script).stem
     pictures = Path(os.environ.get("BIOKIT_SCREENSHOTS", root))
     pictures.mkdir(parents=True, exist_ok=True)
     for old in pictures.glob(f"{stem}_*.png"):
         old.unlink()
     with _jupyterlab(root) as address:
-        command = ["node", str(HERE / script), f"{address}/lab/tree/live.ipynb?reset", str(pictures / stem)]
+        command = ["node", str(HERE / script), f"{address}/lab/tree/{notebook}?reset", str(pictures / stem)]
         command += [str(shutil.which("chromium")), str(root / "profile")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=BROWSER_TIMEOUT_S)
         (pictures / f"{stem}.json").write_text(done.stdout)
