@@ -21,7 +21,7 @@ from typing import TypeVar
 REQUIRED = ("torch", "numpy", "safetensors", "pyyaml", "tqdm", "rdkit", "numba", "pyarrow", "matplotlib", "tensorboard")
 EXTRAS = {
     "notebooks": ("jupyterlab", "ipykernel", "ipywidgets", "papermill", "nbformat", "py3Dmol"),
-    "analysis": ("cma",),
+    "analysis": ("cma", "scikit-learn"),
 }
 COMMAND_TIMEOUT_S = 1.5
 MIN_FREE_GB = 5.0
