@@ -7,7 +7,10 @@ import pytest
 
 from biokit.config import ModelConfig
 from biokit.errors import EngineError
+from biokit.models.molbart import MOLBART
 from biokit.parallel.grid import Layout
+from biokit.tasks.property_head import HeadOptions
+from biokit.tokenizers import SmilesTokenizer
 from tests.bench import __main__ as bench
 from tests.bench import (
     batches,
@@ -18,6 +21,7 @@ from tests.bench import (
     memory,
     metrics,
     padding,
+    properties,
     random_smiles,
     strategies,
     timing,
@@ -137,6 +141,21 @@ def test_a_tiny_run_of_checkpoints():
 
 def test_a_tiny_run_of_metrics():
     check_rows(metrics.measure(rounds=1))
+
+
+def test_a_tiny_run_of_properties(monkeypatch):
+    tokenizer = SmilesTokenizer.packaged()
+    model = MOLBART.build(ModelConfig(**SIZES), tokenizer.vocab_size, 128, 1).eval()
+    options = HeadOptions(width=8, max_epochs=1)
+    rows = properties.measure(
+        "CHEMBL2321810", model, tokenizer, seeds=(0,), num_members=1, num_trees=5, options=options
+    )
+    check_rows(rows)
+    assert [row.ratio == "-" for row in rows] == [False, True, True, True, False, True, True, True, True]
+    assert "regression, 1,017 of 1,017 rows" in rows[0].what and "forest" in rows[-1].what
+    assert properties.measure("ESOL", model, tokenizer)[0].ours == NOT_MEASURED
+    monkeypatch.setenv("BIOKIT_MODEL", "nowhere")
+    assert {row.ours for row in properties.measure_all()} == {properties.NO_MODEL}
 
 
 @pytest.mark.full

@@ -30,6 +30,7 @@ NAMES = (
     "memory",
     "metrics",
     "launching",
+    "properties",
 )
 NEED_TRANSFORMERS = {"batches", "training_step", "decoding"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
