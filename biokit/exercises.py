@@ -54,6 +54,23 @@ def _is_novel_valid(answer: tuple[str, set[str]]) -> bool:
     return canonicalize(smiles) not in known
 
 
+def _is_better_aspirin(smiles: str) -> bool:
+    from biokit.chem.descriptors import describe
+    from biokit.chem.similarity import fingerprints, tanimoto
+
+    alike = tanimoto(fingerprints([smiles]), fingerprints([ASPIRIN]))[0, 0]
+    own, aspirins = describe([smiles, ASPIRIN], ["QED"])[:, 0]
+    return bool(alike >= 0.4 and own > aspirins)
+
+
+def _are_alike_and_different(answer: tuple[str, str]) -> bool:
+    from biokit.chem.molecules import canonicalize
+    from biokit.chem.similarity import fingerprints, tanimoto
+
+    first, second = (canonicalize(smiles) for smiles in answer)
+    return first != second and bool(tanimoto(fingerprints([first]), fingerprints([second]))[0, 0] == 1)
+
+
 EXERCISES = {
     "aspirin tokens": Exercise(lambda n: n == 21, "SmilesTokenizer.packaged().tokens(smiles) lists them"),
     "uniform loss": Exercise(
@@ -81,6 +98,15 @@ EXERCISES = {
     ),
     "pipeline bubble": Exercise(
         lambda share: abs(share - 1 / 5) < 1e-9, "draw both stages turn by turn: how many turns, how many of them idle?"
+    ),
+    "better aspirin": Exercise(
+        _is_better_aspirin, "optimise(model, tokenizer, ASPIRIN, constrained(property_objective('QED'), ASPIRIN, 0.4))"
+    ),
+    "alike but different": Exercise(
+        _are_alike_and_different, "fingerprints see two bonds around each atom, and whether a pattern is there at all"
+    ),
+    "diversity of one": Exercise(
+        lambda value: abs(value) < 1e-9, "compare_sets(['CCO', 'CCO'], known).scores['internal diversity']"
     ),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ from rdkit import Chem
 from rdkit.Chem import rdForceFieldHelpers, rdMolAlign
 
 from biokit.chem.conformers import MAX_ATOMS, MAX_CONFORMERS, embed_conformers
+from biokit.chem.exports import write_csv, write_sdf
 from biokit.chem.molecules import canonicalize
-from biokit.chem.sdf import write_sdf
+from biokit.data.tables import read_table
 from biokit.errors import ConfigError, DataError
 
 IBUPROFEN = "CC(C)Cc1ccc(cc1)C(C)C(=O)O"
@@ -117,3 +119,17 @@ def test_a_file_that_cannot_be_written_whole_is_not_touched(tmp_path: Path) -> N
     assert path.read_bytes() == before
     with pytest.raises(DataError, match="cannot be written"):
         write_sdf(path / "b.sdf", ["CCO"])
+
+
+def test_a_csv_file_is_what_pandas_and_biokit_read_back(tmp_path):
+    columns = {"QED": [0.5, math.nan], "note": ['a "quoted", one', None], "rank": [1, 2]}
+    path = write_csv(tmp_path / "new" / "a.csv", ["CCO", "C=C"], columns)
+    assert path.read_text() == 'smiles,QED,note,rank\nCCO,0.5,"a ""quoted"", one",1\nC=C,,,2\n'
+    assert [entry.name for entry in path.parent.iterdir()] == ["a.csv"]
+    assert [row.text for row in read_table([path])] == ["CCO", "C=C"]
+    with pytest.raises(DataError, match='property "QED": 1 values for 2 molecules'):
+        write_csv(path, ["CCO", "C"], {"QED": [1.0]})
+    with pytest.raises(DataError, match='property "smiles"'):
+        write_csv(path, ["CCO"], {"smiles": ["C"]})
+    with pytest.raises(DataError, match="cannot be written"):
+        write_csv(path / "b.csv", ["CCO"])

@@ -19,6 +19,9 @@ RIGHT = {
     "fewest bytes": "Zero3",
     "tensor sizes": [1, 2, 4, 8],
     "pipeline bubble": 0.2,
+    "better aspirin": "CCOC(=O)c1ccccc1OC(C)=O",
+    "alike but different": ("CCCCCCCC", "CCCCCCCCCC"),
+    "diversity of one": 0.0,
 }
 WRONG = {
     "aspirin tokens": 20,
@@ -32,6 +35,9 @@ WRONG = {
     "fewest bytes": "DDP",
     "tensor sizes": [1, 2, 4],
     "pipeline bubble": 0.25,
+    "better aspirin": "CC(=O)Oc1ccccc1C(=O)O",
+    "alike but different": ("CCO", "OCC"),
+    "diversity of one": 0.5,
 }
 
 

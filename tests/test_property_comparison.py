@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from biokit.chem.descriptors import describe
-from biokit.chem.molecules import canonicalize
+from biokit.chem.molecules import canonicalize, parse_smiles
 from biokit.chem.similarity import fingerprints, tanimoto
 from biokit.config import ModelConfig
 from biokit.errors import CheckpointError, ConfigError, DataError
+from biokit.generate import encode_smiles, hiddens_of, mean_of
 from biokit.models.molbart import MOLBART
 from biokit.tasks.property import Outcome, PropertyReport, TestPart, compare_predictors
 from biokit.tasks.property_baselines import Prediction
@@ -185,6 +186,16 @@ def test_a_prediction_says_how_sure_it_is_and_who_is_near(predictor):
     for bad, words in (("CCO", "one string"), ([], "empty"), (["C1CC"], "unclosed ring"), (["C" * 60], "60 tokens")):
         with pytest.raises(DataError, match=words):
             predictor.predict(bad)
+
+
+def test_the_contribution_of_an_atom_is_what_masking_it_takes_away(predictor):
+    smiles = predictor.known[0]
+    values = predictor.explain(smiles)
+    source = encode_smiles(predictor.tokenizer, [smiles, smiles])
+    source[1, 1] = predictor.tokenizer.mask_id  # the first token is an atom
+    whole, masked = predictor.head.predict(mean_of(hiddens_of(predictor.model, source))).mean
+    assert values.shape == (parse_smiles(smiles).GetNumAtoms(),)
+    assert values[0] == pytest.approx(whole - masked, abs=1e-5)  # fp32, other rows beside it
 
 
 def test_what_is_loaded_predicts_the_same_bits(predictor, model, tmp_path):

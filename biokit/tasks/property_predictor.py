@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -24,9 +25,11 @@ from biokit.chem.similarity import Bits, fingerprints, nearest
 from biokit.data.publish import publish_folder
 from biokit.data.tables import Row
 from biokit.errors import CheckpointError, DataError
+from biokit.generate.attention import contributions
 from biokit.generate.embeddings import embed_all, max_tokens_of, read_molecule
 from biokit.generate.inputs import check_ranges
 from biokit.generate.kept import fingerprint
+from biokit.generate.latent import mean_of
 from biokit.models.molbart import MolBART
 from biokit.runs import describe_file
 from biokit.safe_files import load_object
@@ -107,6 +110,19 @@ class PropertyPredictor:
             canonical, found_N.mean, found_N.std, found_N.aleatoric, found_N.epistemic,
             tuple(self.known[place] for place in places), similarity,
         )  # fmt: skip
+
+    def explain(self, smiles: str) -> Floats:
+        """What each atom gives to the prediction (A,): the prediction less that with the atom masked.
+
+        Atoms in the order of the SMILES, see `biokit.generate.attention.contributions`.
+
+        Raises:
+            DataError: a SMILES that the model cannot take.
+        """
+        values = contributions(
+            self.model, self.tokenizer, smiles, lambda hiddens: self.head.predict(mean_of(hiddens)).mean
+        )
+        return values.astype(np.float32)
 
     def save(self, folder: str | Path) -> Path:
         """Write everything but the model that was given; the folder appears whole, or not at all.

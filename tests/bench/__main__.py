@@ -31,6 +31,7 @@ NAMES = (
     "metrics",
     "launching",
     "properties",
+    "ready_model",
 )
 NEED_TRANSFORMERS = {"batches", "training_step", "decoding"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

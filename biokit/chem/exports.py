@@ -1,8 +1,12 @@
-"""Molecules with properties as an SD file, which other programs of chemistry read."""
+"""Molecules with properties as SD and CSV files, which other programs read; a file appears whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import io
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,10 +36,7 @@ def write_sdf(path: str | Path, smiles: Sequence[str], properties: Mapping[str, 
             or a file that cannot be written.
     """
     columns: dict[str, Sequence[Any]] = {}
-    for name, values in (properties or {}).items():
-        if len(values) != len(smiles):
-            found = f"{len(values)} values for {len(smiles)} molecules"
-            raise DataError(f'write {path}: property "{name}"', found, "Give one value a molecule")
+    for name, values in _checked(path, smiles, properties).items():
         written = _NOT_IN_NAMES.sub("_", name).strip("_") or "property"
         if written in columns:
             raise DataError(f'write {path}: property "{name}"', f'another one is called "{written}" too', "Rename one")
@@ -48,15 +49,51 @@ def write_sdf(path: str | Path, smiles: Sequence[str], properties: Mapping[str, 
         except DataError as error:
             raise DataError(f"write {path}: molecule {row + 1}: {error.asked}", error.found, error.do) from error
         records.append(_block(molecule) + "".join(f">  <{name}>\n{value}\n\n" for name, value in fields if value))
+    return _write(path, "".join(f"{record}{_RECORD_END}\n" for record in records))
+
+
+def write_csv(path: str | Path, smiles: Sequence[str], properties: Mapping[str, Sequence[Any]] | None = None) -> Path:
+    """Write `smiles` and a column a property, as pandas reads it back; None and NaN are empty cells.
+
+    Raises:
+        DataError: another number of values than molecules, one called `smiles`, or a file that cannot be written.
+    """
+    columns = _checked(path, smiles, properties)
+    if "smiles" in columns:
+        raise DataError(f'write {path}: property "smiles"', "the molecules' own column is called so", "Rename it")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["smiles", *columns])
+    writer.writerows([smiles[row], *(_cell(values[row]) for values in columns.values())] for row in range(len(smiles)))
+    return _write(path, text.getvalue())
+
+
+def _checked(
+    path: str | Path, smiles: Sequence[str], properties: Mapping[str, Sequence[Any]] | None
+) -> Mapping[str, Sequence[Any]]:
+    for name, values in (properties or {}).items():
+        if len(values) != len(smiles):
+            found = f"{len(values)} values for {len(smiles)} molecules"
+            raise DataError(f'write {path}: property "{name}"', found, "Give one value a molecule")
+    return properties or {}
+
+
+def _write(path: str | Path, text: str) -> Path:
     target = Path(path)
-    beside = target.with_name(target.name + ".partial")
+    beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text("".join(f"{record}{_RECORD_END}\n" for record in records), encoding="utf-8", newline="\n")
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
         beside.replace(target)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise DataError(f"write {path}", f"it cannot be written ({error})", "Give another path") from error
     return target
+
+
+def _cell(value: Any) -> Any:
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value
 
 
 def _block(molecule: Mol) -> str:
@@ -71,8 +108,8 @@ def _block(molecule: Mol) -> str:
 
 def _one_line(value: Any) -> str:
     """The value on one line, which does not end the record; empty for None and NaN."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    text = str(value).encode("utf-8", "backslashreplace").decode("utf-8")  # half a surrogate pair fits in no file
+    text = (
+        str(_cell(value)).encode("utf-8", "backslashreplace").decode("utf-8")
+    )  # half a surrogate pair fits in no file
     text = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
     return f" {text}" if text.startswith((_RECORD_END, ">")) else text
