@@ -5,19 +5,28 @@ BIN := $(VENV)/bin
 TRIALS ?= 0
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart env test drills bench clean
+.PHONY: quickstart env test code tests notebooks drills bench clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python -m biokit notebook notebooks/00_quickstart.ipynb runs/quickstart
 
 env: $(VENV)/.env
 
+# the tests and the notebooks side by side: either waits much; each one's output comes when it ends
 test: $(VENV)/.env
+	$(MAKE) --no-print-directory code
+	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target tests notebooks
+
+code: $(VENV)/.env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lint-imports
+
+tests: $(VENV)/.env
 	$(BIN)/python -m pytest -m "not full"
+
+notebooks: $(VENV)/.env
 	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=600 \
 	    --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider notebooks
 
@@ -31,7 +40,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.quickstart: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(INSTALL) -e ".[notebooks]"
+	$(INSTALL) -e ".[notebooks,analysis]"
 	touch $@
 
 $(VENV)/.env: $(VENV)/bin/python pyproject.toml constraints.txt

@@ -132,8 +132,10 @@ class _Search:
         """The next token of each beam, and the row that it goes on from."""
         num_molecules, (num_groups, beams) = len(self.scores_BGK), self.scores_BGK.shape[1:]
         vocab_size = log_NV.shape[1]
-        log_NV[self.ended_BGK.flatten()] = float("-inf")
-        log_NV[self.ended_BGK.flatten(), self.pad_id] = 0.0  # goes on as itself
+        ended_N = self.ended_BGK.flatten()
+        if bool(ended_N.any()):  # an ended beam goes on as itself
+            log_NV[ended_N] = float("-inf")
+            log_NV[ended_N, self.pad_id] = 0.0
         totals_BGC = (self.scores_BGK[..., None] + log_NV.view(num_molecules, num_groups, beams, -1)).flatten(2)
         chosen_BGK = torch.empty_like(self.scores_BGK, dtype=torch.long)
         rows_BGK = torch.empty_like(chosen_BGK)
