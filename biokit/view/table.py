@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+_LEFT = 'style="text-align:left"'
+
 
 @dataclass(frozen=True)
 class Table:
@@ -23,9 +25,10 @@ class Table:
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         head, *lines = ([html.escape(cell) for cell in line] for line in [self.head, *self.rows])
-        rows = ["".join(f'<th scope="col">{cell}</th>' for cell in head)]
+        rows = ["".join(f'<th scope="col" {_LEFT}>{cell}</th>' for cell in head)]
         rows += [
-            f'<th scope="row">{name}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) for name, *cells in lines
+            f'<th scope="row" {_LEFT}>{name}</th>' + "".join(f"<td {_LEFT}>{cell}</td>" for cell in cells)
+            for name, *cells in lines
         ]
         table = f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
         return {"text/html": table, "text/plain": repr(self)}

@@ -18,6 +18,8 @@ function biokitView(places, data) {
   }
 }
 
+const BUTTON = "font:inherit;padding:1px 8px;border:1px solid #9e9e9e;border-radius:4px;background:#f5f5f5;color:#212121;cursor:pointer";
+
 // An element with attributes and children; text is always set as text, never read as HTML.
 function make(name, attributes, ...children) {
   const element = document.createElement(name);

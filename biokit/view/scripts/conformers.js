@@ -33,7 +33,7 @@ function show(root, data, picture) {
   const stage = make("div", { class: "biokit-stage", role: "img", "aria-label": picture.querySelector("img")?.alt ?? "",
     style: `position:relative;width:100%;max-width:660px;height:${data.height}px` });
   const caption = make("span", { class: "biokit-caption", "aria-live": "polite", style: "overflow-wrap:anywhere" });
-  const step = (by, label, sign) => make("button", { type: "button", class: `biokit-${label}`, "aria-label": `${label} structure`,
+  const step = (by, label, sign) => make("button", { type: "button", class: `biokit-${label}`, style: BUTTON, "aria-label": `${label} structure`,
     onclick: () => select((selected + by + data.captions.length) % data.captions.length) }, sign);
   const hydrogens = make("input", { type: "checkbox", checked: "", class: "biokit-hydrogens", onchange: () => {
     viewer.setStyle({ elem: "H" }, hydrogens.checked ? data.hydrogens : {});

@@ -9,7 +9,7 @@ function draw(root, data) {
   const sorts = make("select", { "aria-label": "sort by", class: "biokit-sort", onchange: () => sort() },
     make("option", { value: "-1" }, "as given"),
     ...data.columns.map((name, c) => make("option", { value: String(c) }, name)));
-  const direction = make("button", { type: "button", class: "biokit-direction", "aria-pressed": "false", onclick: () => {
+  const direction = make("button", { type: "button", class: "biokit-direction", style: BUTTON, "aria-pressed": "false", onclick: () => {
     direction.setAttribute("aria-pressed", String(direction.getAttribute("aria-pressed") !== "true"));
     direction.textContent = direction.getAttribute("aria-pressed") === "true" ? "\u2193 high to low" : "\u2191 low to high";
     sort();
@@ -17,13 +17,13 @@ function draw(root, data) {
   const count = make("span", { class: "biokit-count", "aria-live": "polite", style: "margin-left:auto" });
   const copied = make("textarea", { readonly: "", rows: "3", class: "biokit-selection", "aria-label": "selected SMILES",
     style: "display:none;width:100%;box-sizing:border-box;font:12px monospace" });
-  const copy = make("button", { type: "button", class: "biokit-copy", onclick: () => {
+  const copy = make("button", { type: "button", class: "biokit-copy", style: BUTTON, onclick: () => {
     copied.value = JSON.stringify(order.filter((i) => selected.has(i)).map((i) => data.smiles[i]));
     copied.style.display = "block";
     copied.select();
     navigator.clipboard?.writeText(copied.value).catch(() => {});
   } }, "copy selected SMILES");
-  const clear = make("button", { type: "button", class: "biokit-clear", onclick: () => {
+  const clear = make("button", { type: "button", class: "biokit-clear", style: BUTTON, onclick: () => {
     for (const i of Array.from(selected)) mark(i, false);
   } }, "clear");
   const detail = make("div", { class: "biokit-detail", style: "min-height:2.9em;padding:4px 0;overflow-wrap:anywhere" });

@@ -2,7 +2,7 @@
 function draw(root, data) {
   const { sheet } = data;
   const last = data.smiles.length - 1;
-  const [width, height, left, top] = [420, 150, 36, 10];
+  const [width, height, left, top] = [310, 190, 36, 10];
   const x = (share) => left + share * (width - left - 10);
   const y = (value) => top + (1 - value) * (height - top - 26);
   const svg = shape("svg", { width, height, role: "img", "aria-label": "similarity to both ends along the way", style: "max-width:100%" });
@@ -20,8 +20,9 @@ function draw(root, data) {
     }
   });
   const cursor = shape("line", { y1: top, y2: height - 26, stroke: "#212121", "stroke-width": 1.5 });
-  svg.append(cursor, shape("text", { x: left, y: height - 6, "font-size": 12, fill: "#00528c" }, "\u25cf similarity to the first"),
-    shape("text", { x: left + 180, y: height - 6, "font-size": 12, fill: "#b84000" }, "\u25a0 similarity to the last"));
+  svg.append(cursor, shape("text", { x: left, y: height - 6, "font-size": 12, fill: "#616161" }, "similarity"),
+    shape("text", { x: left + 75, y: height - 6, "font-size": 12, fill: "#00528c" }, "\u25cf to the first"),
+    shape("text", { x: left + 175, y: height - 6, "font-size": 12, fill: "#b84000" }, "\u25a0 to the last"));
 
   const picture = make("div", { style: `width:${sheet.width}px;height:${sheet.height}px` });
   const label = make("div", { class: "biokit-label", "aria-live": "polite", style: "min-height:3em;overflow-wrap:anywhere" });
@@ -39,7 +40,7 @@ function draw(root, data) {
     cursor.setAttribute("x2", x(data.shares[i]));
   }
   root.append(make("div", { style: "font-weight:bold;font-size:15px;margin:2px 0 6px" }, data.title),
-    make("div", { style: "display:flex;flex-wrap:wrap;gap:16px;align-items:center" }, picture,
+    make("div", { style: "display:flex;flex-wrap:wrap;gap:12px;align-items:center" }, picture,
       make("div", { style: `max-width:${width}px` }, svg, slider)), label);
   show();
 }

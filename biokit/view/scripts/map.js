@@ -18,13 +18,13 @@ function draw(root, data) {
   }
   const at = (i) => [margin + data.places[i][0] * (size - 2 * margin), margin + (1 - data.places[i][1]) * (size - 2 * margin)];
   const svg = shape("svg", { viewBox: `0 0 ${size} ${size}`, role: "img", "aria-label": data.title, class: "biokit-map",
-    style: `width:${size}px;max-width:100%;border:1px solid #9e9e9e;border-radius:5px;cursor:crosshair` });
+    style: `flex:1 1 ${0.7 * size}px;min-width:0;max-width:${size}px;border:1px solid #9e9e9e;border-radius:5px;cursor:crosshair` });
   const layers = data.names.map(() => svg.appendChild(shape("g", {})));
   data.groups.forEach((group, i) => layers[group].append(point(group, ...at(i), counts[group] <= 3 ? 9 : 4)));
   const ring = svg.appendChild(shape("circle", { r: 11, fill: "none", stroke: "#212121", "stroke-width": 2, visibility: "hidden" }));
 
   const card = make("div", { class: "biokit-card", "aria-live": "polite",
-    style: `width:${sheet.width + 70}px;min-height:${sheet.height + 90}px;overflow-wrap:anywhere` });
+    style: `min-height:${sheet.height + 90}px;overflow-wrap:anywhere` });
   let [kept, shown] = [-1, -1];
   const hidden = new Set();
   function show(i) {
@@ -54,8 +54,9 @@ function draw(root, data) {
   }
   svg.addEventListener("mousemove", (event) => { const i = nearest(event); if (kept < 0 && i >= 0) show(i); });
   svg.addEventListener("click", (event) => {
-    kept = kept < 0 ? nearest(event) : -1;
-    if (kept >= 0) show(kept);
+    const i = nearest(event);
+    kept = kept < 0 ? i : -1;
+    if (i >= 0) show(i);
     hint.textContent = kept < 0 ? free : "Kept; click again to go on.";
   });
   const legend = data.names.map((name, g) => {
@@ -74,6 +75,6 @@ function draw(root, data) {
   const hint = make("div", { style: "color:#616161" }, free);
   root.append(make("div", { style: "font-weight:bold;font-size:15px;margin:2px 0 6px" }, data.title),
     make("div", { style: "display:flex;flex-wrap:wrap;gap:6px;margin-bottom:6px" }, ...legend),
-    make("div", { style: "display:flex;flex-wrap:wrap;gap:16px;align-items:flex-start" }, svg, make("div", {}, hint, card)));
+    make("div", { style: "display:flex;flex-wrap:wrap;gap:16px;align-items:flex-start" }, svg, make("div", { style: `width:${sheet.width}px` }, hint, card)));
   show(data.groups.indexOf(Math.max(...data.groups)));
 }
