@@ -12,10 +12,10 @@ quickstart: $(VENV)/.quickstart
 
 env: $(VENV)/.env
 
-# the tests and the notebooks side by side: either waits much; each one's output comes when it ends
+# the tests and the notebooks side by side: either waits much; their dots mix
 test: $(VENV)/.env
 	$(MAKE) --no-print-directory code
-	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target tests notebooks
+	$(MAKE) --no-print-directory --jobs=2 --keep-going tests notebooks
 
 code: $(VENV)/.env
 	$(BIN)/ruff check .
