@@ -6,6 +6,8 @@ function biokitView(places, data) {
     if (place.dataset.drawn) continue;
     const root = document.createElement("div");
     root.className = "biokit-live";
+    // JupyterLab leaves the keys to an element with this mark, else an arrow moves the notebook instead of a slider
+    root.addEventListener("focusin", (event) => { event.target.dataset.lmSuppressShortcuts = "true"; });
     root.style.cssText = "font:13px/1.4 'DejaVu Sans',Verdana,sans-serif;color:#212121;background:#fff;max-width:100%";
     try {
       draw(root, data, place);
