@@ -1,8 +1,8 @@
 // Runs notebook 04 to its end and looks at its cards and its dashboard, first while the run goes on, then at the end.
-import { CELL_TIMEOUT_MS, lookAtRun, waitUntil } from "./browser.mjs";
+import { CELL_TIMEOUT_MS, lookAtRun, outputOf as outputOn, waitForRun, waitUntil } from "./browser.mjs";
 
 await lookAtRun(async (page, shoot) => {
-  const outputOf = (source) => page.locator(".jp-CodeCell", { hasText: source }).first().locator(".jp-Cell-outputArea");
+  const outputOf = (source) => outputOn(page, source);
   const cards = {
     finished: outputOf("first = start_training"),
     failed: outputOf("os.kill(os.getpid(), signal.SIGKILL)"),
@@ -19,10 +19,8 @@ await lookAtRun(async (page, shoot) => {
   const live = { label: await label() };
   await shoot(button, "dashboard_live");
 
-  const prompts = page.locator(".jp-CodeCell .jp-InputArea-prompt");
-  const open = async () => (await prompts.allTextContents()).filter((text) => !/\[\d+\]/.test(text));
-  await waitUntil(page, async () => (await open()).length === 0, CELL_TIMEOUT_MS, async () => `not run: ${await open()}`);
-  await page.waitForTimeout(3000);
+  await waitForRun(page);
+  await button.waitFor({ state: "detached", timeout: CELL_TIMEOUT_MS });  // the last picture takes the dashboard's place
   const texts = {};
   for (const [name, card] of Object.entries(cards)) {
     texts[name] = await card.innerText();

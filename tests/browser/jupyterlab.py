@@ -20,10 +20,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import papermill
+from nbformat.sign import NotebookNotary
+from PIL import Image
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
+MIN_COLOURS = 500  # of a lit molecule; an empty 3D stage has one and its frame
 START_TIMEOUT_S = 120.0
 BROWSER_TIMEOUT_S = 400.0
 SETTINGS = {  # every cell is in the page, wherever it is scrolled to; and no question about news in the picture
@@ -50,7 +54,11 @@ def look(script: str, notebook: str, root: Path, **parameters: object) -> dict[s
         What the script saw. It stands beside its screenshots, which bear the script's name.
     """
     path = REPOSITORY / "notebooks" / f"{notebook}.ipynb"
-    papermill.execute_notebook(path, root / "live.ipynb", parameters, prepare_only=True, progress_bar=False)
+    prepared = papermill.execute_notebook(path, None, parameters, prepare_only=True, progress_bar=False)
+    for cell in (cell for cell in prepared.cells if cell.cell_type == "code"):
+        cell.outputs, cell.execution_count = [], None
+    prepared.metadata.pop("widgets", None)
+    nbformat.write(prepared, root / "live.ipynb")
     return look_at(script, "live.ipynb", root)
 
 
@@ -70,6 +78,20 @@ def look_at(script: str, notebook: str, root: Path) -> dict[str, Any]:
         assert done.returncode == 0, f"{seen}\n{done.stderr[-2000:]}"
     assert seen["failed"] == [] and seen["foreign"] == []
     return {**seen, "pictures": sorted(pictures.glob(f"{stem}_*.png"))}
+
+
+def sign(path: Path, root: Path) -> None:
+    """Trust a notebook, as `jupyter trust` does, in the JupyterLab that will have its folders in `root`."""
+    (root / ".data").mkdir(exist_ok=True)
+    notary = NotebookNotary(data_dir=str(root / ".data"))
+    with contextlib.closing(notary.store):
+        notary.sign(nbformat.read(path, as_version=4))
+
+
+def count_colours(path: Path) -> int:
+    """The different colours in a picture."""
+    with Image.open(path) as picture:
+        return len(picture.convert("RGB").getcolors(maxcolors=1 << 24) or [])
 
 
 @contextlib.contextmanager

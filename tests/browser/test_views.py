@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,11 +11,10 @@ import nbformat
 import papermill
 import pytest
 from nbconvert import HTMLExporter
-from nbformat.sign import NotebookNotary
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from PIL import Image
 
-from tests.browser.jupyterlab import list_missing, look_at
+from tests.browser.checks import check_grid
+from tests.browser.jupyterlab import MIN_COLOURS, count_colours, list_missing, look_at, sign
 
 pytestmark = [
     pytest.mark.full,
@@ -55,7 +53,6 @@ VIEWS: dict[str, tuple[str, str]] = {  # name -> what shows it, and a selector o
     ),
     "interpolation": ("show_interpolation([others[0], *others])", ".biokit-slider"),
 }
-MIN_COLOURS = 500  # of a lit molecule; an empty stage has one and its frame
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +63,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     nbformat.write(new_notebook(cells=cells), path)
     papermill.execute_notebook(path, path, kernel_name="python3", progress_bar=False)
     executed = nbformat.read(path, as_version=4)
-    (root / ".data").mkdir()
-    notary = NotebookNotary(data_dir=str(root / ".data"))  # JupyterLab's, see `jupyterlab.py`
-    with contextlib.closing(notary.store):
-        notary.sign(executed)
+    sign(path, root)
     (root / "views.json").write_text(json.dumps([{"name": name, "alive": alive} for name, (_, alive) in VIEWS.items()]))
     _write_pages(root, executed)
     untrusted = nbformat.from_dict({**executed, "cells": [new_markdown_cell("From somewhere else"), *executed.cells]})
@@ -127,14 +121,17 @@ def test_views_are_alive_and_answer(seen: dict[str, Any], mode: str) -> None:
     assert words["contributions"] == ["O15: +0.9 logP"]
     encoder, cross = words["attention"]
     assert encoder.startswith("C (token 7) looks at") and cross.startswith("C (token 3) looks at")
+    check_grid(words["grid"])
+    assert words["map"] == ["CCO", "CCO", "CCO", "c1ccncc1", "c1ccncc1"]
+    assert [text.split(" of the way")[0] for text in words["interpolation"]] == [
+        "point 1 of 7, 0 %", "point 2 of 7, 17 %", "point 7 of 7, 100 %"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", ["lab", "html"])
 def test_3d_is_drawn(seen: dict[str, Any], mode: str) -> None:
     stage = next(path for path in seen["pictures"] if path.stem == f"views_{mode}_stage")
-    with Image.open(stage) as picture:
-        colours = picture.convert("RGB").getcolors(maxcolors=1 << 20)
-    assert colours is not None and len(colours) > MIN_COLOURS
+    assert count_colours(stage) > MIN_COLOURS
 
 
 @pytest.mark.parametrize("mode", ["untrusted", "preview"])

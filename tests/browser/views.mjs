@@ -4,34 +4,14 @@
 import fs from "node:fs";
 import path from "node:path";
 import { pathToFileURL } from "node:url";
-import { chromium, chromiumPath, flags, lookAt, openNotebook, profileDir, screenshotStem, url, waitUntil } from "./browser.mjs";
+import {
+  ACTIONS, chromium, chromiumPath, flags, lookAt, openNotebook, profileDir, screenshotStem, url, waitUntil,
+} from "./browser.mjs";
 
 const root = path.dirname(profileDir);
 const views = JSON.parse(fs.readFileSync(path.join(root, "views.json"), "utf8"));
 const ALIVE_TIMEOUT_MS = 20_000;
 const outputs = (page) => page.locator(".jp-CodeCell .jp-OutputArea-child:has(.biokit-view), .jp-CodeCell .jp-OutputArea-child:has(img)");
-
-// What a person does with a view, and the words that it answers with.
-const ACTIONS = {
-  async conformers(output) {
-    const before = await output.locator(".biokit-caption").textContent();
-    await output.locator(".biokit-next").click();
-    await output.locator(".biokit-hydrogens").click();
-    return [before, await output.locator(".biokit-caption").textContent()];
-  },
-  async contributions(output) {
-    await output.locator(".biokit-atom").last().hover();
-    return [await output.locator(".biokit-detail").textContent()];
-  },
-  async attention(output) {
-    await output.locator(".biokit-head").selectOption("0");
-    await output.locator(".biokit-atom").nth(3).hover();
-    const encoder = await output.locator(".biokit-detail").textContent();
-    await output.locator(".biokit-kind").selectOption("cross");
-    await output.locator(".biokit-query").nth(2).hover();
-    return [encoder, await output.locator(".biokit-detail").textContent()];
-  },
-};
 
 // Every view in turn: alive, drawn, and answering.
 async function lookAtLive(page, mode) {
