@@ -49,5 +49,5 @@ def test_sets_of_equal_values_can_be_drawn():
 def test_a_search_shows_where_it_began_and_what_it_found():
     found = Optimisation("CCO", 0.4, [Generation(("CCN", ""), (0.5, math.nan)), Generation(("", ""), (math.nan,) * 2)])
     picture = show_search(found, name="QED")
-    assert picture.alt == "2 molecules scored in 2 generations: QED from 0.400 to 0.500; the best is CCN"
-    assert show_search(Optimisation("CCO", 0.4)).alt.startswith("1 molecules scored in 0 generations")
+    assert picture.alt == "2 different molecules scored in 2 generations: QED from 0.400 to 0.500; the best is CCN"
+    assert show_search(Optimisation("CCO", 0.4)).alt.startswith("1 different molecules scored in 0 generations")

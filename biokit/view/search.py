@@ -26,7 +26,7 @@ def show_search(found: Optimisation, *, title: str = "", name: str = "objective"
     axes.axhline(found.start_score, color="#616161", linestyle=(0, (4, 3)), linewidth=1.2, label="the start")
     axes.set_xlabel("generation", fontsize=12)
     axes.set_ylabel(name, fontsize=12)
-    title = title or f"{len(scores)} molecules scored in {len(found.generations)} generations"
+    title = title or f"{len(found.found)} different molecules scored in {len(found.generations)} generations"
     axes.set_title(title, loc="left", fontsize=13, weight="bold")
     frame_axes(axes)
     axes.legend(frameon=False, fontsize=11, loc="best")
