@@ -107,6 +107,8 @@ def test_what_cannot_be(model, tmp_path):
     optimise(model, TOKENIZER, "CCO", weight, folder=tmp_path, **(KEYS | {"num_generations": 1}))
     with pytest.raises(DataError, match="another start"):
         optimise(model, TOKENIZER, "CCN", weight, folder=tmp_path, **KEYS)
+    with pytest.raises(DataError, match="another start_score"):
+        optimise(model, TOKENIZER, "CCO", lambda smiles: weight(smiles) + 1, folder=tmp_path, **KEYS)
     with pytest.raises(DataError, match="another model"):
         optimise(copy_with_another_head(model), TOKENIZER, "CCO", weight, folder=tmp_path, **KEYS)
     with hold_folder(tmp_path, "a test"), pytest.raises(DataError, match="another process is at work"):

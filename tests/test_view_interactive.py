@@ -115,7 +115,6 @@ def test_principal_components_are_those_of_the_covariance():
 
 
 def test_neighbours_by_fingerprint_stay_neighbours():
-    pytest.importorskip("sklearn")
     alkanes, rings = ["C" * n + "O" for n in range(4, 14)], [f"c1ccccc1{'C' * n}N" for n in range(10)]
     places = project(fingerprints([*alkanes, *rings]), "tsne")
     apart = np.linalg.norm(places[:, None] - places[None], axis=-1)

@@ -97,6 +97,7 @@ def optimise(
     CMA-ES (with a diagonal covariance, as there are S x D numbers) moves a cloud of hiddens towards what scored better;
     what is no molecule counts as worse than everything. With a folder, each generation is kept there, and the same call
     goes on behind the last one, exactly as if it had not ended; a file STOP in it ends the search.
+    An objective that scores the start otherwise than before is refused there; others are not noticed.
 
     Args:
         objective: of a canonical SMILES, higher is better; NaN: cannot be scored.
@@ -121,7 +122,7 @@ def optimise(
     if math.isnan(found.start_score):
         raise DataError(f"optimise from {start}", "the objective cannot score it", "Start elsewhere")
     with hold_folder(Path(folder), f"optimise in {folder}") if folder else contextlib.nullcontext():
-        kept = _Kept(Path(folder), search.settings) if folder else None
+        kept = _Kept(Path(folder), {**search.settings, "start_score": found.start_score}) if folder else None
         _go_on(search, found, kept, num_generations, progress)
     return found
 
