@@ -159,6 +159,12 @@ def test_a_map_that_cannot_be(num, arguments, message):
         show_map([ETHANOL] * num, np.zeros((num, 2)), **arguments)
 
 
+def test_places_that_are_nowhere_and_values_that_are_missing():
+    with pytest.raises(DataError, match="a place is NaN or infinity"):
+        show_map([ETHANOL] * 2, np.array([[0.0, 1.0], [np.nan, 0.0]]))
+    assert pages_data(show_grid([ETHANOL, BENZENE], {"x": [1.0, None]}))["values"] == [[1.0, None]]
+
+
 def test_the_way_between_two_molecules_has_its_similarities():
     view = show_interpolation([ETHANOL, "C1CC(", BENZENE])
     data = pages_data(view)

@@ -68,8 +68,8 @@ def show_grid(
 
 
 def plain(value: Any) -> float | str | None:
-    """A value as JSON has it: numbers to four digits, words, None for NaN."""
-    if isinstance(value, str):
+    """A value as JSON has it: numbers to four digits, words, None for NaN and None."""
+    if value is None or isinstance(value, str):
         return value
     number = float(value)
     return float(f"{number:.4g}") if math.isfinite(number) else None

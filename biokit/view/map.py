@@ -94,7 +94,7 @@ def show_map(
         max_molecules: more are refused; a map holds all it shows.
 
     Raises:
-        DataError: numbers that do not agree, no molecule, too many, or too many groups.
+        DataError: numbers that do not agree, no molecule, too many, too many groups, or places not finite.
     """
     columns = dict(columns or {})
     groups = list(groups) or ["molecules"] * len(smiles)
@@ -105,6 +105,8 @@ def show_map(
     if not 1 <= len(smiles) <= max_molecules:
         found = f"{len(smiles)} molecules"
         raise DataError("map of molecules", found, f"Give 1 to {max_molecules} (max_molecules)")
+    if not np.isfinite(places_N2).all():
+        raise DataError("map of molecules", "a place is NaN or infinity", "Leave those molecules out")
     names = list(dict.fromkeys(groups))
     if len(names) > len(COLOURS):
         raise DataError("map of molecules", f"{len(names)} groups", f"Give {len(COLOURS)} at most: more look alike")
